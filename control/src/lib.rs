@@ -1,0 +1,3 @@
+//! Control thread of the Esplanade gateway.
+
+#![forbid(unsafe_code)]

@@ -1,0 +1,3 @@
+//! Data path, workers and command line of the Esplanade gateway.
+
+#![forbid(unsafe_code)]

@@ -1,0 +1,1 @@
+//! Packet memory, ports and the engine interface of the Esplanade gateway.

@@ -1,0 +1,13 @@
+//! Security Associations, policies, snapshots, SA files and sequence leases of the Esplanade gateway.
+//!
+//! This crate knows nothing of ports, frames or clocks: packets' addresses, numbers and the time are arguments.
+
+#![deny(unsafe_code)]
+
+pub mod cipher;
+pub mod counters;
+pub mod drops;
+pub mod policy;
+
+pub mod sa;
+pub mod suite;
