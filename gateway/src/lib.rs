@@ -1,3 +1,5 @@
 //! Data path, workers and command line of the Esplanade gateway.
 
 #![forbid(unsafe_code)]
+
+pub mod crypto;
