@@ -1,1 +1,16 @@
 //! Packet memory, ports and the engine interface of the Esplanade gateway.
+//!
+//! The layers, bottom up: an [`arena::Arena`] is one mapping cut into equal frames; a [`frame::Frame`] is the only handle of
+//! one of them; a [`pool::Pool`] is a worker's private stock; a [`port::PortQueue`] moves frames in bursts. A frame has one
+//! owner at a time (a pool, a worker, a ring, a device), so nothing here ever copies or locks per packet.
+
+pub mod arena;
+pub mod frame;
+pub mod memory;
+pub mod pool;
+pub mod port;
+
+pub use arena::{Arena, ArenaConfig, ArenaError, HugePolicy};
+pub use frame::{Frame, RawFrame};
+pub use pool::{Pool, PoolStats};
+pub use port::{BURST, Port, PortError, PortInfo, PortQueue, PortQueueStats};
