@@ -4,10 +4,14 @@
 
 #![deny(unsafe_code)]
 
+pub mod chunked;
 pub mod cipher;
 pub mod counters;
 pub mod drops;
+pub mod ledger;
 pub mod policy;
-
+pub mod quiesce;
+pub mod replay;
 pub mod sa;
 pub mod suite;
+mod sync;

@@ -1,0 +1,368 @@
+//! The control side of the SA store: drafts, publication, retirement.
+//!
+//! ```text
+//!  draft = store.draft()        shares all parts with the current snapshot
+//!  draft.add_sa / remove_sa / …  copies the chunks and shards it touches
+//!  store.publish(draft)          one swap; the old snapshot is kept
+//!  store.reap()                  drops snapshots that every worker has left; keys of removed SAs are wiped
+//!                                with them, and their slots may be used again
+//! ```
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use hashbrown::HashMap;
+
+use crate::chunked::Chunked;
+use crate::cipher::{CipherError, CipherFactory};
+use crate::fib::Fib;
+use crate::quiesce::Quiesce;
+use crate::runtime::{Install, SaEntry, Start, TunnelIdx, mapped};
+use crate::sa::{Direction, SaId, SaSpec};
+use crate::sad::Sad;
+use crate::snapshot::{NO_SA, Shared, Snapshot, TunnelSlot};
+use crate::spd::Spd;
+
+/// Why an SA was not added.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// No provider for the suite.
+    #[error("SA \"{name}\": {source}")]
+    Cipher {
+        /// SA.
+        name: String,
+        /// Cause.
+        #[source]
+        source: CipherError,
+    },
+    /// Another inbound SA has the SPI at this destination.
+    #[error("SA \"{name}\": SPI {spi} at {dst} is already in use by SA \"{other}\"")]
+    DuplicateSpi {
+        /// SA.
+        name: String,
+        /// SPI.
+        spi: crate::sa::Spi,
+        /// Destination.
+        dst: std::net::IpAddr,
+        /// The SA that has it.
+        other: String,
+    },
+    /// All slots are in use.
+    #[error("SA \"{name}\": the store is full ({limit} SAs); raise max_sas")]
+    Full {
+        /// SA.
+        name: String,
+        /// Slots.
+        limit: u32,
+    },
+}
+
+/// Counters of a tunnel that live on when its SAs are replaced.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// Wrong ICV.
+    pub icv_failed: u64,
+    /// Replays.
+    pub replays: u64,
+    /// Malformed.
+    pub malformed: u64,
+    /// Selector mismatches.
+    pub selector: u64,
+    /// Limits.
+    pub limit: u64,
+    /// Engine.
+    pub engine: u64,
+    /// Numbers lost on the way.
+    pub lost: u64,
+}
+
+impl Totals {
+    /// What an SA has counted so far.
+    pub fn of(entry: &SaEntry) -> Self {
+        let c = &entry.live.counters;
+        Self {
+            packets: c.packets.value(),
+            bytes: c.bytes.value(),
+            icv_failed: c.icv_failed.value(),
+            replays: c.replays.value(),
+            malformed: c.malformed.value(),
+            selector: c.selector.value(),
+            limit: c.limit.value(),
+            engine: c.engine.value(),
+            lost: entry.live.window.lost(),
+        }
+    }
+
+    /// Adds another's counts.
+    pub fn add(&mut self, o: &Self) {
+        self.packets += o.packets;
+        self.bytes += o.bytes;
+        self.icv_failed += o.icv_failed;
+        self.replays += o.replays;
+        self.malformed += o.malformed;
+        self.selector += o.selector;
+        self.limit += o.limit;
+        self.engine += o.engine;
+        self.lost += o.lost;
+    }
+}
+
+/// A tunnel: its name and what its past SAs have counted.
+#[derive(Clone, Debug, Default)]
+pub struct Tunnel {
+    /// Name.
+    pub name: String,
+    /// Outbound counts of SAs that are gone.
+    pub past_out: Totals,
+    /// Inbound counts of SAs that are gone.
+    pub past_in: Totals,
+    /// Outbound SAs installed so far after the first: rekeys.
+    pub rekeys: u64,
+}
+
+/// The store; control owns it.
+#[derive(Debug)]
+pub struct Store {
+    shared: Arc<Shared>,
+    superseded: VecDeque<Arc<Snapshot>>,
+    retiring: Vec<(u64, Arc<SaEntry>)>,
+    tunnels: Vec<Tunnel>,
+    by_name: HashMap<String, TunnelIdx>,
+    generations: Vec<u32>,
+    free: Vec<u32>,
+    max_sas: u32,
+}
+
+/// A state in the making. Dropping it changes nothing, except that tunnels named in it keep their index.
+#[derive(Debug)]
+pub struct Draft {
+    snapshot: Snapshot,
+    removed: Vec<Arc<SaEntry>>,
+    taken: Vec<u32>,
+}
+
+impl Store {
+    /// An empty store for `workers` workers and at most `max_sas` SAs.
+    pub fn new(workers: usize, max_sas: u32) -> Self {
+        let snapshot = Snapshot {
+            epoch: 1,
+            sad: Sad::default(),
+            sas: Chunked::new(None),
+            tunnels: Chunked::new(TunnelSlot { out: NO_SA }),
+            spd_out: Arc::new(Spd::default()),
+            spd_in: Arc::new(Spd::default()),
+            fib: Arc::new(Fib::default()),
+        };
+        let shared = Shared { current: ArcSwap::from_pointee(snapshot), quiesce: Quiesce::new(workers) };
+        Self {
+            shared: Arc::new(shared),
+            superseded: VecDeque::new(),
+            retiring: Vec::new(),
+            tunnels: Vec::new(),
+            by_name: HashMap::new(),
+            generations: Vec::new(),
+            free: Vec::new(),
+            max_sas,
+        }
+    }
+
+    /// What workers read from.
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// The current state.
+    pub fn current(&self) -> Arc<Snapshot> {
+        self.shared.latest()
+    }
+
+    /// Starts a change.
+    pub fn draft(&self) -> Draft {
+        Draft { snapshot: Snapshot::clone(&self.shared.current.load()), removed: Vec::new(), taken: Vec::new() }
+    }
+
+    /// Index of a tunnel, given on first mention and kept for good.
+    pub fn tunnel(&mut self, name: &str) -> TunnelIdx {
+        if let Some(idx) = self.by_name.get(name) {
+            return *idx;
+        }
+        let idx = TunnelIdx(u32::try_from(self.tunnels.len()).unwrap_or(u32::MAX));
+        self.tunnels.push(Tunnel { name: name.to_owned(), ..Tunnel::default() });
+        self.by_name.insert(name.to_owned(), idx);
+        idx
+    }
+
+    /// Index of a tunnel that was mentioned before.
+    pub fn find_tunnel(&self, name: &str) -> Option<TunnelIdx> {
+        self.by_name.get(name).copied()
+    }
+
+    /// All tunnels by index.
+    pub fn tunnels(&self) -> &[Tunnel] {
+        &self.tunnels
+    }
+
+    /// Both directions' counts of a tunnel, past and present SAs: (out, in).
+    pub fn totals(&self) -> Vec<(Totals, Totals)> {
+        let mut sums: Vec<_> = self.tunnels.iter().map(|t| (t.past_out, t.past_in)).collect();
+        let current = self.shared.current.load();
+        let live = current.sas.iter().flatten().chain(self.retiring.iter().map(|(_, e)| e));
+        for entry in live {
+            let Some(sum) = sums.get_mut(entry.fixed.tunnel.0 as usize) else { continue };
+            match entry.fixed.direction {
+                Direction::Out => sum.0.add(&Totals::of(entry)),
+                Direction::In => sum.1.add(&Totals::of(entry)),
+            }
+        }
+        sums
+    }
+
+    /// Adds an SA to a draft. An outbound SA becomes the tunnel's sender at once; see
+    /// [`Draft::set_outbound`] to choose another.
+    pub fn add_sa(
+        &mut self,
+        draft: &mut Draft,
+        spec: Arc<SaSpec>,
+        factory: &dyn CipherFactory,
+        start: Start,
+        now: u64,
+    ) -> Result<SaId, StoreError> {
+        let cipher = factory
+            .make(spec.suite, &spec.keys, spec.esn, spec.direction)
+            .map_err(|source| StoreError::Cipher { name: spec.name.clone(), source })?;
+        let provider = factory.provider_for(spec.suite).unwrap_or("none");
+        if spec.direction == Direction::In
+            && let Some(other) = draft.snapshot.sad.find(spec.spi.value(), mapped(spec.dst), spec.vrf)
+        {
+            return Err(StoreError::DuplicateSpi {
+                name: spec.name.clone(),
+                spi: spec.spi,
+                dst: spec.dst,
+                other: other.spec.name.clone(),
+            });
+        }
+        let index = match self.free.pop() {
+            Some(index) => index,
+            None => {
+                let index = u32::try_from(self.generations.len()).unwrap_or(u32::MAX);
+                if index >= self.max_sas {
+                    return Err(StoreError::Full { name: spec.name.clone(), limit: self.max_sas });
+                }
+                self.generations.push(0);
+                index
+            }
+        };
+        draft.taken.push(index);
+        let generation = &mut self.generations[index as usize];
+        *generation = generation.wrapping_add(1);
+        let id = SaId { index, generation: *generation };
+        let tunnel = self.tunnel(&spec.tunnel);
+        let workers = u32::try_from(self.shared.workers()).unwrap_or(u32::MAX).max(1);
+        // Both directions of a tunnel live on one worker.
+        let owner = u16::try_from(tunnel.0 % workers).unwrap_or(0);
+        let entry = Arc::new(SaEntry::new(spec, Install { id, tunnel, owner, cipher, provider, start, now }));
+        match entry.fixed.direction {
+            Direction::In => draft.snapshot.sad.insert(Arc::clone(&entry)),
+            Direction::Out => draft.set_outbound(tunnel, id),
+        }
+        draft.snapshot.sas.set(index, Some(entry));
+        Ok(id)
+    }
+
+    /// Makes the draft the current state. Workers see it with their next burst.
+    pub fn publish(&mut self, draft: Draft) {
+        let Draft { mut snapshot, removed, taken } = draft;
+        let old = self.shared.current.load_full();
+        snapshot.epoch = old.epoch + 1;
+        for index in taken {
+            if let Some(e) = snapshot.sa_at(index)
+                && e.fixed.direction == Direction::Out
+                && let Some(t) = self.tunnels.get_mut(e.fixed.tunnel.0 as usize)
+            {
+                t.rekeys += u64::from(old.tunnels.at(e.fixed.tunnel.0).out != NO_SA || t.past_out.packets > 0);
+            }
+        }
+        self.retiring.extend(removed.into_iter().map(|e| (snapshot.epoch, e)));
+        self.shared.current.store(Arc::new(snapshot));
+        self.superseded.push_back(old);
+    }
+
+    /// Gives up on a draft: its new slots are free again.
+    pub fn discard(&mut self, draft: Draft) {
+        self.free.extend(&draft.taken);
+    }
+
+    /// Drops what no worker uses any more. Returns the SAs whose keys are gone now. Cheap; call it often.
+    pub fn reap(&mut self) -> Vec<SaId> {
+        let oldest = self.shared.quiesce.oldest_in_use();
+        while self.superseded.front().is_some_and(|s| s.epoch < oldest) {
+            self.superseded.pop_front();
+        }
+        let superseded_left = self.superseded.front().map_or(u64::MAX, |s| s.epoch);
+        let mut gone = Vec::new();
+        let tunnels = &mut self.tunnels;
+        let free = &mut self.free;
+        self.retiring.retain(|(epoch, entry)| {
+            let in_flight = entry.live.in_flight.load(std::sync::atomic::Ordering::Acquire);
+            if superseded_left < *epoch || in_flight != 0 {
+                return true;
+            }
+            if let Some(tunnel) = tunnels.get_mut(entry.fixed.tunnel.0 as usize) {
+                match entry.fixed.direction {
+                    Direction::Out => tunnel.past_out.add(&Totals::of(entry)),
+                    Direction::In => tunnel.past_in.add(&Totals::of(entry)),
+                }
+            }
+            free.push(entry.fixed.id.index);
+            gone.push(entry.fixed.id);
+            false
+        });
+        gone
+    }
+
+    /// SAs removed but not yet out of use.
+    pub fn retiring(&self) -> usize {
+        self.retiring.len()
+    }
+}
+
+impl Draft {
+    /// The state as it would be published.
+    pub fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    /// Removes an SA; it retires once the draft is published and all workers have moved on.
+    pub fn remove_sa(&mut self, id: SaId) -> bool {
+        let Some(entry) = self.snapshot.sa(id).cloned() else { return false };
+        self.snapshot.sad.remove(&entry);
+        self.snapshot.sas.set(id.index, None);
+        let tunnel = entry.fixed.tunnel;
+        if self.snapshot.tunnels.at(tunnel.0).out == id.index {
+            self.snapshot.tunnels.set(tunnel.0, TunnelSlot { out: NO_SA });
+        }
+        self.removed.push(entry);
+        true
+    }
+
+    /// Makes an outbound SA the sender of its tunnel.
+    pub fn set_outbound(&mut self, tunnel: TunnelIdx, id: SaId) {
+        self.snapshot.tunnels.set(tunnel.0, TunnelSlot { out: id.index });
+    }
+
+    /// Replaces the policies.
+    pub fn set_spd(&mut self, out: Arc<Spd>, inbound: Arc<Spd>) {
+        self.snapshot.spd_out = out;
+        self.snapshot.spd_in = inbound;
+    }
+
+    /// Replaces the routes.
+    pub fn set_fib(&mut self, fib: Arc<Fib>) {
+        self.snapshot.fib = fib;
+    }
+}
