@@ -2,10 +2,17 @@
 //!
 //! Every provider puts the same bytes on the wire; [`rustcrypto`] is the one that the others are held against.
 
+mod aead;
+pub mod awslc;
+#[doc(hidden)]
+pub mod differential;
 mod each;
+pub mod ipsecmb;
 mod packet;
 mod provider;
+pub mod ring_provider;
 pub mod rustcrypto;
+pub mod select;
 
 pub use provider::{Provider, ProviderId, UnknownProvider};
 
@@ -38,27 +45,9 @@ impl<P: Provider> CipherFactory for Fixed<P> {
 #[cfg(test)]
 mod tests {
     use sa_store::cipher::CipherJob;
-    use zeroize::Zeroizing;
 
+    use super::differential::{clear_packet, keys};
     use super::*;
-
-    fn keys(suite: Suite, seed: u8) -> SaKeys {
-        let material = |n: usize| -> Zeroizing<Vec<u8>> {
-            let bytes = (0..n).map(|i| seed.wrapping_add(u8::try_from(i * 7 % 251).unwrap_or(0)));
-            Zeroizing::new(bytes.collect())
-        };
-        SaKeys {
-            enc: material(suite.enc_key_len()),
-            auth: material(suite.auth_key_len()),
-        }
-    }
-
-    fn packet(suite: Suite, body: usize) -> Vec<u8> {
-        let n = 8 + suite.iv_len() + body + suite.icv_len();
-        (0..n)
-            .map(|i| u8::try_from(i * 31 % 256).unwrap_or(0))
-            .collect()
-    }
 
     fn run_one(ctx: &dyn SaCipher, esp: &mut [u8], seq_hi: u32, seal: bool) -> bool {
         let mut jobs = [CipherJob {
@@ -83,7 +72,7 @@ mod tests {
                 let out = factory.make(suite, &keys(suite, 3), esn, Direction::Out);
                 let inn = factory.make(suite, &keys(suite, 3), esn, Direction::In);
                 let (out, inn) = (out.expect("offered"), inn.expect("offered"));
-                let clear = packet(suite, 64);
+                let clear = clear_packet(suite, 64, 3);
                 let mut esp = clear.clone();
                 assert!(run_one(&*out, &mut esp, 9, true), "{suite}");
                 let icv_at = esp.len() - suite.icv_len();

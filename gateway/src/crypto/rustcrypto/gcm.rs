@@ -18,7 +18,8 @@ use sa_store::suite::AeadIcv;
 use subtle::ConstantTimeEq;
 use zeroize::Zeroize;
 
-use super::{Aead96, AeadPacket, Each, OnePacket, Raw, RawAead, Tagged};
+use super::{Each, OnePacket, RawAead};
+use crate::crypto::aead::{Aead96, AeadPacket, Raw};
 use crate::crypto::packet::{nonce, split};
 
 /// What is asked of an AES implementation here.
@@ -42,16 +43,16 @@ pub(super) fn make<A: Aes>(
 ) -> Option<Box<dyn SaCipher>> {
     Some(match icv {
         AeadIcv::L8 => {
-            let aead = Tagged::<_, 8>(Composed::<A>::new(key)?);
-            Each::boxed(lane, AeadPacket { aead, salt, esn })
+            let aead = Composed::<A>::new(key)?;
+            Each::boxed(lane, AeadPacket::<_, 8> { aead, salt, esn })
         }
         AeadIcv::L12 => {
-            let aead = Tagged::<_, 12>(Composed::<A>::new(key)?);
-            Each::boxed(lane, AeadPacket { aead, salt, esn })
+            let aead = Composed::<A>::new(key)?;
+            Each::boxed(lane, AeadPacket::<_, 12> { aead, salt, esn })
         }
         AeadIcv::L16 => {
-            let aead = Tagged::<_, 16>(Full::<AesGcm<A, U12>>::new(key)?);
-            Each::boxed(lane, AeadPacket { aead, salt, esn })
+            let aead = Full::<AesGcm<A, U12>>::new(key)?;
+            Each::boxed(lane, AeadPacket::<_, 16> { aead, salt, esn })
         }
     })
 }
@@ -70,15 +71,15 @@ pub(super) fn make_gmac<A: Aes>(
 /// A bare GCM for vectors.
 pub(super) fn raw<A: Aes>(key: &[u8], icv: AeadIcv) -> Option<Box<dyn RawAead>> {
     Some(match icv {
-        AeadIcv::L8 => Box::new(Raw(Tagged::<_, 8>(Composed::<A>::new(key)?))),
-        AeadIcv::L12 => Box::new(Raw(Tagged::<_, 12>(Composed::<A>::new(key)?))),
-        AeadIcv::L16 => Box::new(Raw(Tagged::<_, 16>(Full::<AesGcm<A, U12>>::new(key)?))),
+        AeadIcv::L8 => Box::new(Raw::<_, 8>(Composed::<A>::new(key)?)),
+        AeadIcv::L12 => Box::new(Raw::<_, 12>(Composed::<A>::new(key)?)),
+        AeadIcv::L16 => Box::new(Raw::<_, 16>(Full::<AesGcm<A, U12>>::new(key)?)),
     })
 }
 
 /// ChaCha20-Poly1305.
-pub(super) fn chacha(key: &[u8]) -> Option<Tagged<Full<ChaCha20Poly1305>, 16>> {
-    Full::new(key).map(Tagged)
+pub(super) fn chacha(key: &[u8]) -> Option<Full<ChaCha20Poly1305>> {
+    Full::new(key)
 }
 
 /// An AEAD of the crates, with its full tag.
