@@ -9,6 +9,7 @@ pub mod cipher;
 pub mod counters;
 pub mod drops;
 pub mod ledger;
+pub mod file;
 pub mod policy;
 pub mod quiesce;
 pub mod replay;

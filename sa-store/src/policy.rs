@@ -93,6 +93,24 @@ pub struct Selector {
     pub ports: Ports,
 }
 
+impl Selector {
+    /// The same traffic as seen in the other direction: addresses and ports swap, ICMP stays.
+    pub fn reversed(&self) -> Self {
+        Self {
+            src: self.dst,
+            dst: self.src,
+            proto: self.proto,
+            ports: match &self.ports {
+                Ports::Range { src, dst } => Ports::Range {
+                    src: dst.clone(),
+                    dst: src.clone(),
+                },
+                other => other.clone(),
+            },
+        }
+    }
+}
+
 /// What to do with matching traffic.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Action {

@@ -80,6 +80,16 @@ pub struct UdpEncap {
     pub dport: u16,
 }
 
+impl UdpEncap {
+    /// The ports of packets that travel the other way.
+    pub const fn reversed(self) -> Self {
+        Self {
+            sport: self.dport,
+            dport: self.sport,
+        }
+    }
+}
+
 /// DSCP of the outer header, RFC 4301 section 5.1.2.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Dscp {

@@ -1,0 +1,630 @@
+use super::*;
+use crate::policy::{Action, AddrRange, Ports, Selector};
+use crate::sa::{Direction, Dscp, Mode, Tfc};
+
+const EXAMPLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/examples/sa.toml");
+
+const KEY: &str = "000102030405060708090a0b0c0d0e0f10111213";
+
+fn one(text: &str) -> Result<Config, Problems> {
+    parse(text, Path::new("t.toml"))
+}
+
+/// A tunnel with one SA; `tunnel` and `sa` are further lines of each.
+fn with(tunnel: &str, sa: &str) -> String {
+    format!(
+        "[[tunnel]]\nname = \"t\"\nlocal = \"192.0.2.1\"\nremote = \"192.0.2.2\"\n{tunnel}\n\
+         [[tunnel.sa]]\n{sa}"
+    )
+}
+
+fn good_sa() -> String {
+    format!("direction = \"out\"\nspi = 0x1001\nsuite = \"aes-128-gcm-16\"\nkey = \"{KEY}\"\n")
+}
+
+/// The only problem of the text, as `line:column` and fault.
+fn fault_of(text: &str) -> (String, Fault) {
+    let problems = one(text).unwrap_err();
+    assert_eq!(problems.len(), 1, "{problems}");
+    let p = problems.iter().next().unwrap();
+    (format!("{}:{}", p.at.line, p.at.column), p.fault.clone())
+}
+
+#[test]
+fn the_example_in_deploy_parses_and_round_trips() {
+    let text = std::fs::read_to_string(EXAMPLE).unwrap();
+    let config = parse(&text, Path::new(EXAMPLE)).unwrap_or_else(|p| panic!("{p}"));
+    assert!(config.tunnels.len() >= 3 && config.sas.len() >= 4 && config.policies.len() >= 4);
+    let again = one(&to_toml(&config).unwrap()).unwrap_or_else(|p| panic!("{p}"));
+    assert_eq!(again, config);
+}
+
+#[test]
+fn the_example_shows_every_key() {
+    let text = std::fs::read_to_string(EXAMPLE).unwrap();
+    let keys = [
+        decode::FILE_KEYS,
+        decode::TUNNEL_KEYS,
+        decode::SA_KEYS,
+        decode::POLICY_KEYS,
+        decode::LIMIT_KEYS,
+        decode::NAT_T_KEYS,
+        selector::SIDED_KEYS,
+        selector::TRAVEL_KEYS,
+    ];
+    for key in keys.concat() {
+        assert!(
+            text.contains(&format!("{key} = ")) || text.contains(&format!("{key}]]")),
+            "{key}"
+        );
+    }
+}
+
+#[test]
+fn an_sa_inherits_from_its_tunnel_and_overrides_it() {
+    let c = one(&with(
+        "esn = true\nwindow = 64\nttl = 9\nselectors = [{ local = \"10.1.0.0/16\", remote = \"10.2.0.0/16\", proto = \"tcp\", remote_port = 443 }]\nnat_t = { local_port = 4500, remote_port = 5555 }",
+        &format!("direction = \"in\"\nspi = 0x1001\nsuite = \"aes-128-gcm-16\"\nkey = \"{KEY}\"\nwindow = 128\ndscp = \"ef\"\ntfc = 1400"),
+    ))
+    .unwrap();
+    let sa = &c.sas[0];
+    assert_eq!(sa.name, "t-in-00001001");
+    assert_eq!((sa.esn, sa.replay_window, sa.ttl), (true, 128, 9));
+    assert_eq!((sa.dscp, sa.tfc), (Dscp::Fixed(46), Tfc::PadTo(1400)));
+    assert_eq!(
+        (sa.src.to_string(), sa.dst.to_string()),
+        ("192.0.2.2".into(), "192.0.2.1".into())
+    );
+    let encap = sa.encap.unwrap();
+    assert_eq!((encap.sport, encap.dport), (5555, 4500));
+    assert_eq!(sa.selectors[0].src.first().to_string(), "10.2.0.0");
+    assert_eq!(
+        sa.selectors[0].ports,
+        Ports::Range {
+            src: 443..=443,
+            dst: 0..=65535
+        }
+    );
+    assert_eq!(c.origins.sas[0].line, 10);
+}
+
+#[test]
+fn every_problem_is_reported_at_once_with_its_place() {
+    let text = "[[tunnel]]\nname = \"t\"\nlocal = \"192.0.2.1\"\nremote = \"2001:db8::1\"\nwindwo = 64\n\
+                [[sa]]\ntunnel = \"t\"\ndirection = \"both\"\nspi = 7\nttl = 0\n\
+                [[policy]]\nname = \"p\"\n";
+    let all = one(text).unwrap_err().to_string();
+    for needle in [
+        "t.toml:4:10: 192.0.2.1 and 2001:db8::1 are of different address families",
+        "t.toml:5:1: [tunnel] has no key \"windwo\"; did you mean \"window\"?",
+        "t.toml:8:13: \"direction\" does not take \"both\"",
+        "t.toml:9:7: SPI 7 is reserved",
+        "t.toml:10:7: \"ttl\" is 0; it must lie in 1 to 255",
+        "t.toml:11:1: [policy] lacks \"action\"",
+        "t.toml:11:1: [policy] lacks \"src\"",
+    ] {
+        assert!(all.contains(needle), "{needle}\nnot in\n{all}");
+    }
+}
+
+#[test]
+fn keys_of_the_wrong_length_name_the_length_and_never_the_key() {
+    let sa = good_sa().replace(KEY, &KEY[..32]);
+    let (at, fault) = fault_of(&with("", &sa));
+    assert_eq!(at, "10:7");
+    assert!(matches!(
+        fault,
+        Fault::KeyLength {
+            want: 20,
+            got: 16,
+            ..
+        }
+    ));
+    assert!(
+        fault.to_string().contains("salt, which is lacking"),
+        "{fault}"
+    );
+    let sa = good_sa().replace(KEY, "00112233zz");
+    let text = one(&with("", &sa)).unwrap_err().to_string();
+    assert!(
+        text.contains("at its character 9") && !text.contains("0011"),
+        "{text}"
+    );
+    let sa = good_sa().replace(KEY, &format!("\\u0030{}", &KEY[1..]));
+    assert_eq!(fault_of(&with("", &sa)).1, Fault::KeyEscaped("key"));
+}
+
+#[test]
+fn a_syntax_error_does_not_repeat_the_line() {
+    let text = with("", &good_sa()).replace("key = \"", "key = \"\u{7}");
+    let problems = one(&text).unwrap_err().to_string();
+    assert!(!problems.contains("0001020304"), "{problems}");
+}
+
+#[test]
+fn suites_and_integrity_keys_must_fit_together() {
+    let sa = good_sa() + "auth_key = \"00\"";
+    assert!(matches!(
+        fault_of(&with("", &sa)).1,
+        Fault::KeyUnwanted {
+            key: "auth_key",
+            ..
+        }
+    ));
+    let sa = good_sa().replace("aes-128-gcm-16", "aes-128-cbc+hmac-sha2-256-128");
+    let problems = one(&with("", &sa)).unwrap_err().to_string();
+    assert!(
+        problems.contains("lacks \"auth_key\"") && problems.contains("takes 16"),
+        "{problems}"
+    );
+    let sa = good_sa().replace("aes-128-gcm-16", "aes-128-cbc");
+    assert!(matches!(fault_of(&with("", &sa)).1, Fault::NoIntegrity(_)));
+    let sa = good_sa().replace("suite = \"aes-128-gcm-16\"\n", "");
+    assert!(matches!(
+        fault_of(&with("", &sa)).1,
+        Fault::Missing { key: "suite", .. }
+    ));
+}
+
+#[test]
+fn weak_settings_need_consent() {
+    let constant = good_sa().replace(KEY, &"00".repeat(20));
+    let icv = good_sa().replace("gcm-16", "gcm-8");
+    let no_replay = good_sa().replace("\"out\"", "\"in\"") + "window = 0";
+    let shared = good_sa()
+        .replace("aes-128-gcm-16", "aes-128-cbc+hmac-sha1-96")
+        .replace(KEY, &KEY[..32])
+        + &format!("auth_key = \"{KEY}\"");
+    for (sa, weakness) in [
+        (constant, Weakness::ConstantKey),
+        (icv, Weakness::ShortIcv),
+        (no_replay, Weakness::NoAntiReplay),
+        (shared, Weakness::SharedKey),
+    ] {
+        assert_eq!(fault_of(&with("", &sa)).1, Fault::Weak(weakness));
+        one(&with("", &(sa.clone() + "\nallow_weak = true"))).unwrap();
+        let config = one(&with("allow_weak = true", &sa)).unwrap();
+        assert_eq!(one(&to_toml(&config).unwrap()).unwrap(), config);
+    }
+}
+
+#[test]
+fn windows_are_powers_of_two_and_esn_needs_one() {
+    let (at, fault) = fault_of(&with("window = 100", &good_sa()));
+    assert_eq!(at, "5:10");
+    assert!(fault.to_string().contains("use 64 or 128"), "{fault}");
+    assert!(matches!(
+        fault_of(&with("window = 2097152", &good_sa())).1,
+        Fault::OutOfRange { max: 1_048_576, .. }
+    ));
+    let sa = good_sa().replace("\"out\"", "\"in\"") + "esn = true\nwindow = 0\nallow_weak = true";
+    assert_eq!(fault_of(&with("", &sa)).1, Fault::EsnNeedsWindow);
+}
+
+#[test]
+fn hard_limits_may_not_come_before_soft_ones() {
+    let limits =
+        "soft = { packets = 10, time = \"2h\" }\nhard = { packets = 20, time = \"1h30m\" }";
+    assert_eq!(
+        fault_of(&with("", &(good_sa() + limits))).1,
+        Fault::HardBelowSoft {
+            what: "time",
+            hard: 5400,
+            soft: 7200
+        }
+    );
+}
+
+#[test]
+fn duplicates_name_the_first_use() {
+    let second = format!("[[tunnel.sa]]\n{}", good_sa().replace("0x1001", "0x1002"));
+    let text = with("", &good_sa()) + &second;
+    let (at, fault) = fault_of(&text);
+    assert_eq!(at, "15:7");
+    assert!(
+        matches!(&fault, Fault::KeyReused { first, .. } if first.line == 10),
+        "{fault}"
+    );
+
+    let text = with("", &good_sa()) + &second.replace("0x1002", "0x1001").replace("0001", "ff01");
+    let problems = one(&text).unwrap_err().to_string();
+    assert!(
+        problems.contains("SPI 0x00001001 to 192.0.2.2 is already used at t.toml:8:7"),
+        "{problems}"
+    );
+
+    let tunnel = "[[tunnel]]\nname = \"t\"\nlocal = \"192.0.2.3\"\nremote = \"192.0.2.2\"\n";
+    let (at, fault) = fault_of(&(with("", &good_sa()) + tunnel));
+    assert_eq!(at, "12:8");
+    assert!(matches!(fault, Fault::DuplicateName { kind: "tunnel", .. }));
+}
+
+#[test]
+fn one_spi_may_serve_two_destinations_and_two_vrfs() {
+    let other = |vrf: &str| {
+        with(vrf, &good_sa())
+            .replace("name = \"t\"", "name = \"u\"")
+            .replace("0001", "ff01")
+    };
+    one(&(with("", &good_sa()) + &other("vrf = 1"))).unwrap();
+    one(&(with("", &good_sa()) + &other("").replace("192.0.2.2", "192.0.2.9"))).unwrap();
+    assert!(one(&(with("", &good_sa()) + &other(""))).is_err());
+}
+
+fn policy(lines: &str) -> String {
+    with("", &good_sa()) + "[[policy]]\nname = \"p\"\ndirection = \"out\"\npriority = 5\n" + lines
+}
+
+#[test]
+fn policies_read_prefixes_ranges_ports_and_icmp() {
+    let c = one(&policy(
+        "action = \"protect\"\ntunnel = \"t\"\nselectors = [\n\
+         { src = \"10.0.0.1-10.0.0.9\", dst = \"10.2.0.0/16\", proto = \"udp\", dst_port = \"53-54\" },\n\
+         { src = \"::/0\", dst = \"2001:db8::/32\", proto = \"icmpv6\", icmp_type = 128 },\n\
+         { src = \"0.0.0.0/0\", dst = \"10.0.0.0/8\", ports = \"opaque\" }]",
+    ))
+    .unwrap();
+    let p = &c.policies[0];
+    assert_eq!(p.action, Action::Protect { tunnel: "t".into() });
+    assert_eq!(
+        p.selectors[0].ports,
+        Ports::Range {
+            src: 0..=65535,
+            dst: 53..=54
+        }
+    );
+    assert_eq!(
+        p.selectors[1].ports,
+        Ports::Icmp {
+            kind: 128..=128,
+            code: 0..=255
+        }
+    );
+    assert_eq!(p.selectors[2].ports, Ports::Opaque);
+    assert_eq!(one(&to_toml(&c).unwrap()).unwrap(), c);
+}
+
+#[test]
+fn policies_that_make_no_sense_are_refused() {
+    let any = "src = \"0.0.0.0/0\"\ndst = \"0.0.0.0/0\"\n";
+    type Case = (&'static str, fn(&Fault) -> bool);
+    let cases: [Case; 7] = [
+        (
+            "action = \"protect\"\ntunnel = \"u\"\n",
+            |f| matches!(f, Fault::UnknownTunnel { suggestion: Some(s), .. } if s == "t"),
+        ),
+        ("action = \"protect\"\n", |f| {
+            matches!(f, Fault::Missing { key: "tunnel", .. })
+        }),
+        ("action = \"bypass\"\ntunnel = \"t\"\n", |f| {
+            matches!(f, Fault::Needs { key: "tunnel", .. })
+        }),
+        (
+            "action = \"discrad\"\n",
+            |f| matches!(f, Fault::BadValue { suggestion: Some(s), .. } if s == "discard"),
+        ),
+        ("action = \"bypass\"\ndst_port = 5\n", |f| {
+            matches!(
+                f,
+                Fault::Needs {
+                    key: "dst_port",
+                    ..
+                }
+            )
+        }),
+        ("action = \"bypass\"\nicmp_type = 5\nproto = 6\n", |f| {
+            matches!(
+                f,
+                Fault::Needs {
+                    key: "icmp_type",
+                    ..
+                }
+            )
+        }),
+        ("action = \"bypass\"\nselectors = []\n", |f| {
+            matches!(f, Fault::Conflict { .. } | Fault::Needs { .. })
+        }),
+    ];
+    for (lines, expected) in cases {
+        let problems = one(&policy(&(any.to_owned() + lines))).unwrap_err();
+        assert!(
+            problems.iter().any(|p| expected(&p.fault)),
+            "{lines}: {problems}"
+        );
+    }
+    let mixed = "action = \"bypass\"\nsrc = \"10.0.0.0/8\"\ndst = \"::/0\"\n";
+    assert!(matches!(
+        fault_of(&policy(mixed)).1,
+        Fault::FamilyMismatch { .. }
+    ));
+}
+
+#[test]
+fn a_directory_is_read_as_one_file_and_names_the_file_of_each_problem() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let put = |name: &str, text: &str, mode: u32| {
+        let p = dir.path().join(name);
+        std::fs::write(&p, text).unwrap();
+        std::fs::set_permissions(&p, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    assert!(matches!(
+        load(dir.path()).unwrap_err().iter().next().unwrap().fault,
+        Fault::NoFiles
+    ));
+    put("10-tunnels.toml", &with("", &good_sa()), 0o600);
+    put(
+        "20-more.toml",
+        "[[sa]]\ntunnel = \"t\"\ndirection = \"in\"\nspi = 0x2001\nsuite = \"aes-128-gcm-16\"\nkey_file = \"k\"\n",
+        0o644,
+    );
+    put("k", "ffeeddccbbaa99887766554433221100aabbccdd\n", 0o600);
+    put("notes.txt", "not TOML", 0o644);
+    put(".20-more.toml.swp.toml", "not TOML", 0o644);
+    let c = load(dir.path()).unwrap_or_else(|p| panic!("{p}"));
+    assert_eq!(c.sas.len(), 2);
+    assert!(c.origins.sas[1].file.ends_with("20-more.toml"));
+
+    put("10-tunnels.toml", &with("", &good_sa()), 0o640);
+    let problems = load(dir.path()).unwrap_err();
+    let p = problems.iter().next().unwrap();
+    assert!(
+        matches!(
+            p.fault,
+            Fault::Permissions {
+                who: "its group",
+                verb: "read",
+                ..
+            }
+        ),
+        "{p}"
+    );
+    put("10-tunnels.toml", &with("", &good_sa()), 0o600);
+    put("20-more.toml", "", 0o666);
+    let problems = load(dir.path()).unwrap_err().to_string();
+    assert!(problems.contains("lets everybody change it"), "{problems}");
+}
+
+#[test]
+fn a_configuration_that_no_file_could_say_is_not_written() {
+    let mut c = one(&with("", &good_sa())).unwrap();
+    c.sas[0].dst = "192.0.2.77".parse().unwrap();
+    assert!(matches!(to_toml(&c), Err(WriteError::NotOfTunnel(_))));
+    c.sas[0].tunnel = "u".into();
+    assert!(matches!(to_toml(&c), Err(WriteError::NoTunnel(_))));
+}
+
+#[test]
+fn a_hundred_thousand_sas_load_in_seconds() {
+    use std::fmt::Write;
+    let mut text = with("suite = \"aes-128-gcm-16\"", &good_sa());
+    for i in 1..100_000u32 {
+        let spi = 0x2000 + i;
+        write!(
+            text,
+            "[[tunnel.sa]]\ndirection = \"out\"\nspi = {spi}\nkey = \"0123{spi:036x}\"\n"
+        )
+        .unwrap();
+    }
+    let start = std::time::Instant::now();
+    let config = one(&text).unwrap_or_else(|p| panic!("{p}"));
+    assert_eq!(config.sas.len(), 100_000);
+    assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
+}
+
+mod properties {
+    use super::*;
+    use crate::sa::{Df, IfId, Limits, OffloadMode, SaKeys, Spi, UdpEncap, Vrf};
+    use crate::suite::Suite;
+    use proptest::prelude::*;
+    use std::net::IpAddr;
+    use zeroize::Zeroizing;
+
+    fn limits() -> impl Strategy<Value = Limits> {
+        let some = || prop::option::of(1u64..=u64::MAX / 2);
+        (some(), some(), some()).prop_map(|(packets, bytes, seconds)| Limits {
+            packets,
+            bytes,
+            seconds,
+        })
+    }
+
+    fn range() -> impl Strategy<Value = (AddrRange, AddrRange)> {
+        let v4 = (any::<[u32; 4]>()).prop_map(|a| {
+            let r = |x: u32, y: u32| {
+                AddrRange::new(IpAddr::V4(x.min(y).into()), IpAddr::V4(x.max(y).into())).unwrap()
+            };
+            (r(a[0], a[1]), r(a[2], a[3]))
+        });
+        let v6 = (any::<[u128; 2]>(), 0u8..=128).prop_map(|(a, len)| {
+            let p = |x: u128| AddrRange::prefix(IpAddr::V6(x.into()), len).unwrap();
+            (p(a[0]), p(a[1]))
+        });
+        prop_oneof![v4, v6]
+    }
+
+    fn selector() -> impl Strategy<Value = Selector> {
+        let upper = prop_oneof![
+            (prop::option::of(any::<u8>())).prop_map(|p| (p, Ports::Any)),
+            Just((None, Ports::Opaque)),
+            (any::<[u16; 4]>()).prop_map(|p| (
+                Some(6),
+                Ports::Range {
+                    src: p[0].min(p[1])..=p[0].max(p[1]),
+                    dst: p[2].min(p[3])..=p[2].max(p[3]),
+                }
+            )),
+            any::<(u8, u8)>().prop_map(|(k, c)| (
+                Some(58),
+                Ports::Icmp {
+                    kind: k..=255,
+                    code: 0..=c,
+                }
+            )),
+        ];
+        (range(), upper).prop_map(|((src, dst), (proto, ports))| Selector {
+            src,
+            dst,
+            proto,
+            ports,
+        })
+    }
+
+    fn settings() -> impl Strategy<Value = Settings> {
+        let a = (
+            any::<bool>(),
+            5u32..=20,
+            limits(),
+            prop::option::of(any::<[u16; 2]>()),
+        );
+        let b = (
+            prop_oneof![Just(Dscp::Copy), (0u8..64).prop_map(Dscp::Fixed)],
+            prop_oneof![Just(Df::Copy), Just(Df::Set), Just(Df::Clear)],
+            any::<bool>(),
+            1u8..,
+            prop::option::of(1280u16..),
+            prop_oneof![Just(Tfc::Off), (1u16..).prop_map(Tfc::PadTo)],
+            any::<bool>(),
+        );
+        let c = (
+            prop_oneof![
+                Just((OffloadMode::Software, None)),
+                Just((OffloadMode::Crypto, None)),
+                Just((OffloadMode::Packet, Some("soe0".to_owned()))),
+            ],
+            prop::collection::vec(selector(), 0..3),
+        );
+        (a, b, c).prop_map(
+            |((esn, w, soft, ports), b, (offload, selectors))| Settings {
+                esn,
+                window: 1 << w,
+                soft,
+                hard: Limits {
+                    packets: soft.packets.map(|p| p + 1),
+                    bytes: soft.bytes,
+                    seconds: None,
+                },
+                encap: ports.map(|[s, d]| UdpEncap {
+                    sport: s.max(1),
+                    dport: d.max(1),
+                }),
+                dscp: b.0,
+                df: b.1,
+                ecn: b.2,
+                ttl: b.3,
+                pmtu: b.4,
+                tfc: b.5,
+                mss_clamp: b.6,
+                offload: offload.0,
+                engine: offload.1,
+                selectors,
+            },
+        )
+    }
+
+    fn config() -> impl Strategy<Value = Config> {
+        let suite = prop::sample::select(Suite::all());
+        let sa = (
+            suite,
+            any::<bool>(),
+            settings(),
+            any::<[u8; 32]>(),
+            any::<bool>(),
+        );
+        let sas = prop::collection::vec(sa, 0..4);
+        let head = (any::<bool>(), any::<u16>(), any::<u32>(), settings());
+        let policies = prop::collection::vec(
+            (
+                any::<u32>(),
+                any::<bool>(),
+                0u8..3,
+                prop::collection::vec(selector(), 1..3),
+            ),
+            0..3,
+        );
+        (head, sas, policies).prop_map(|((transport, vrf, if_id, base), sas, policies)| {
+            let mut t = Tunnel::new(
+                "t",
+                "192.0.2.1".parse().unwrap(),
+                "192.0.2.2".parse().unwrap(),
+            );
+            t.mode = if transport {
+                Mode::Transport
+            } else {
+                Mode::Tunnel
+            };
+            (t.vrf, t.if_id) = (Vrf(vrf), IfId(if_id));
+            t.suite = sas.first().map(|s| s.0);
+            t.settings = base;
+            let mut c = Config::default();
+            for (i, (suite, out, settings, seed, named)) in (0u32..).zip(sas) {
+                let spi = Spi::new(0x100 + i).unwrap();
+                let direction = if out { Direction::Out } else { Direction::In };
+                let bytes = |n: usize, salt: u8| {
+                    let mix = |j: usize| {
+                        seed[j % 32]
+                            ^ salt.wrapping_mul(u8::try_from(j).unwrap())
+                            ^ u8::try_from(i).unwrap()
+                    };
+                    Zeroizing::new((0..n).map(mix).collect::<Vec<u8>>())
+                };
+                let id = SaIdentity {
+                    name: if named {
+                        format!("sa-{i}")
+                    } else {
+                        default_sa_name("t", direction, spi)
+                    },
+                    direction,
+                    spi,
+                    suite,
+                    keys: SaKeys {
+                        enc: bytes(suite.enc_key_len(), 1),
+                        auth: bytes(suite.auth_key_len(), 7),
+                    },
+                    first_use: named,
+                };
+                c.sas.push(t.sa(id, &settings));
+            }
+            for (i, (priority, out, action, selectors)) in policies.into_iter().enumerate() {
+                c.policies.push(crate::policy::Policy {
+                    name: format!("p{i}"),
+                    direction: if out { Direction::Out } else { Direction::In },
+                    priority,
+                    selectors,
+                    action: match action {
+                        0 => Action::Protect { tunnel: "t".into() },
+                        1 => Action::Bypass,
+                        _ => Action::Discard,
+                    },
+                    vrf: t.vrf,
+                    if_id: t.if_id,
+                });
+            }
+            c.tunnels.push(t);
+            c
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_written_reads_back_equal(c in config()) {
+            let text = to_toml(&c).unwrap();
+            let back = one(&text).map_err(|p| TestCaseError::fail(format!("{p}\n{}", text.as_str())))?;
+            prop_assert_eq!(back, c);
+        }
+
+        #[test]
+        fn arbitrary_text_never_panics(text in "(\\PC|\n){0,300}") {
+            fuzz_parse(text.as_bytes());
+        }
+
+        #[test]
+        fn damaged_files_never_panic(at in any::<prop::sample::Index>(), with in "\\PC{0,3}") {
+            let text = std::fs::read_to_string(EXAMPLE).unwrap();
+            let mut cut = at.index(text.len());
+            while !text.is_char_boundary(cut) { cut -= 1; }
+            let next = text[cut..].chars().next().map_or(0, char::len_utf8);
+            fuzz_parse(format!("{}{with}{}", &text[..cut], &text[cut + next..]).as_bytes());
+        }
+    }
+}
