@@ -438,7 +438,7 @@ pub(crate) fn bring_home(id: u32, index: u32) {
 
 /// How many different head-rooms neighbouring frames get; see the module text.
 fn colours(stride: u16, headroom: u16) -> u16 {
-    if stride % 1024 != 0 {
+    if !stride.is_multiple_of(1024) {
         return 1;
     }
     (stride.saturating_sub(headroom).saturating_sub(1664) / 64 + 1).min(8)

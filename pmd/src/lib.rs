@@ -5,8 +5,10 @@
 //! owner at a time (a pool, a worker, a ring, a device), so nothing here ever copies or locks per packet.
 
 pub mod arena;
+pub mod capture_file;
 pub mod frame;
 pub mod memory;
+pub mod pcap;
 pub mod pool;
 pub mod port;
 
