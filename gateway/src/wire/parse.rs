@@ -1,0 +1,774 @@
+//! The one pass over a received packet: lengths and header checksum verified, everything that look-ups and
+//! the ESP core need gathered into a small `Copy` value, so that later stages do not touch the headers again.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use sa_store::drops::DropReason;
+
+use super::checksum::{self, sum20};
+use super::ethernet::{HEADER_LEN as ETH_LEN, TYPE_IPV4, TYPE_IPV6, TYPE_VLAN, VLAN_LEN};
+use super::ipv6::Walk;
+use super::{be16, be32, ipv4, ipv6, len16, proto};
+
+/// Address family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+/// Whether the packet is a fragment. An IPv6 atomic fragment (RFC 6946) is not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Frag {
+    /// Whole packet.
+    No,
+    /// First fragment: ports are visible.
+    First,
+    /// Later fragment: ports are not visible.
+    Later,
+}
+
+/// What the packet is to the data path, judged without knowing local addresses: the caller treats `Esp`,
+/// `UdpEsp`, `NatKeepalive` and `Ike` as such only when the destination is the gateway's own, else as `Ip`.
+/// Fragments are always `Ip`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// Any other IP packet.
+    Ip,
+    /// ESP directly over IP. The SPI may be a reserved value.
+    Esp {
+        /// SPI.
+        spi: u32,
+        /// Low half of the sequence number.
+        seq: u32,
+    },
+    /// ESP in UDP, RFC 3948.
+    UdpEsp {
+        /// SPI.
+        spi: u32,
+        /// Low half of the sequence number.
+        seq: u32,
+    },
+    /// RFC 3948 keep-alive.
+    NatKeepalive,
+    /// IKE: port 500, or the non-ESP marker on a NAT-T port.
+    Ike,
+    /// Not IP (ARP and others): nothing but the L2 fields of [`Parsed`] is meaningful.
+    NotIp {
+        /// Ethertype behind the VLAN tag.
+        ethertype: u16,
+    },
+}
+
+/// UDP ports on which the gateway expects NAT-T.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NattPorts(pub [u16; 2]);
+
+impl Default for NattPorts {
+    fn default() -> Self {
+        Self([4500, 4500])
+    }
+}
+
+impl NattPorts {
+    #[inline(always)]
+    const fn contains(self, port: u16) -> bool {
+        self.0[0] == port || self.0[1] == port
+    }
+}
+
+const PORTS_VISIBLE: u8 = 1;
+const ICMP_VISIBLE: u8 = 2;
+const DF: u8 = 4;
+const L2_GROUP: u8 = 8;
+
+/// What [`parse`] learnt of a packet. Offsets named `*_off` count from the IP header, not from the frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parsed {
+    /// Source address; an IPv4 address sits in the low 32 bits.
+    pub src: u128,
+    /// Destination address, likewise.
+    pub dst: u128,
+    /// What it is.
+    pub kind: Kind,
+    /// Source port, or ICMP type; 0 when not visible.
+    pub sport: u16,
+    /// Destination port, or ICMP code; 0 when not visible.
+    pub dport: u16,
+    /// VLAN id; 0 is untagged.
+    pub vlan: u16,
+    /// Length of the IP packet, bytes. The frame may be longer (Ethernet padding).
+    pub l3_len: u16,
+    /// Where the upper layer starts. Behind all IPv6 extension headers that the gateway follows.
+    pub upper_off: u16,
+    /// Length of the Ethernet header with tag, bytes; 0 when parsed from the IP header on.
+    pub l2_len: u8,
+    /// Upper-layer protocol.
+    pub proto: u8,
+    /// TTL or hop limit.
+    pub ttl: u8,
+    /// DSCP and ECN.
+    pub tos: u8,
+    /// Address family.
+    pub family: Family,
+    /// Whether it is a fragment.
+    pub frag: Frag,
+    flags: u8,
+}
+
+// The value travels with each frame of a burst: one cache line, no more.
+const _: () = assert!(size_of::<Parsed>() == 64);
+
+impl Parsed {
+    /// Source and destination port of TCP, UDP, SCTP, DCCP, UDP-Lite, where visible.
+    #[inline]
+    pub const fn ports(&self) -> Option<(u16, u16)> {
+        if self.flags & PORTS_VISIBLE != 0 {
+            Some((self.sport, self.dport))
+        } else {
+            None
+        }
+    }
+
+    /// ICMP or ICMPv6 type and code, where visible.
+    #[inline]
+    pub const fn icmp(&self) -> Option<(u8, u8)> {
+        if self.flags & ICMP_VISIBLE != 0 {
+            Some(((self.sport & 0xff) as u8, (self.dport & 0xff) as u8))
+        } else {
+            None
+        }
+    }
+
+    /// IPv4 DF; true for IPv6, which routers never fragment.
+    #[inline]
+    pub const fn df(&self) -> bool {
+        self.flags & DF != 0
+    }
+
+    /// Whether the frame came to a link-layer group address.
+    #[inline]
+    pub const fn l2_group(&self) -> bool {
+        self.flags & L2_GROUP != 0
+    }
+
+    /// Source address.
+    pub const fn src_ip(&self) -> IpAddr {
+        ip(self.family, self.src)
+    }
+
+    /// Destination address.
+    pub const fn dst_ip(&self) -> IpAddr {
+        ip(self.family, self.dst)
+    }
+
+    /// SPI and sequence number of ESP, plain or in UDP.
+    #[inline]
+    pub const fn esp(&self) -> Option<(u32, u32)> {
+        match self.kind {
+            Kind::Esp { spi, seq } | Kind::UdpEsp { spi, seq } => Some((spi, seq)),
+            _ => None,
+        }
+    }
+
+    /// Where the ESP header starts, bytes from the IP header. Only for the two ESP kinds.
+    #[inline]
+    pub const fn esp_off(&self) -> usize {
+        match self.kind {
+            Kind::UdpEsp { .. } => self.upper_off as usize + 8,
+            _ => self.upper_off as usize,
+        }
+    }
+}
+
+const fn ip(family: Family, a: u128) -> IpAddr {
+    match family {
+        Family::V4 => IpAddr::V4(Ipv4Addr::from_bits((a & 0xffff_ffff) as u32)),
+        Family::V6 => IpAddr::V6(Ipv6Addr::from_bits(a)),
+    }
+}
+
+/// Parses an Ethernet frame.
+///
+/// # Errors
+/// `L2Malformed`, `IpMalformed`, `IpChecksum`, `FragmentInvalid`, `EspTooShort`. A packet whose ports the protocol has but the bytes lack is
+/// malformed, which also refuses tiny first fragments (RFC 1858, RFC 7112).
+#[inline]
+pub fn parse(frame: &[u8], natt: NattPorts) -> Result<Parsed, DropReason> {
+    let Some((eth, l3)) = frame.split_first_chunk::<ETH_LEN>() else {
+        return Err(DropReason::L2Malformed);
+    };
+    let group = (eth[0] & 1) * L2_GROUP;
+    match be16(eth, 12) {
+        TYPE_IPV4 => parse_v4(l3, 14, 0, group, natt),
+        TYPE_IPV6 => parse_v6(l3, 14, 0, group, natt),
+        TYPE_VLAN => parse_tagged(l3, group, natt),
+        ethertype => Ok(not_ip(ethertype, 14, 0, group)),
+    }
+}
+
+/// Parses from the IP header on: decrypted packets, TUN. [`Parsed::l2_len`] is 0.
+///
+/// # Errors
+/// As [`parse`].
+#[inline]
+pub fn parse_ip(packet: &[u8], natt: NattPorts) -> Result<Parsed, DropReason> {
+    match packet {
+        [v, ..] if v >> 4 == 4 => parse_v4(packet, 0, 0, 0, natt),
+        [v, ..] if v >> 4 == 6 => parse_v6(packet, 0, 0, 0, natt),
+        _ => Err(DropReason::IpMalformed),
+    }
+}
+
+/// [`parse_ip`] for a packet whose family is known from elsewhere (an ESP next-header field) and must agree.
+///
+/// # Errors
+/// As [`parse`].
+#[inline]
+pub fn parse_ip_at(packet: &[u8], family: Family, natt: NattPorts) -> Result<Parsed, DropReason> {
+    match family {
+        Family::V4 => parse_v4(packet, 0, 0, 0, natt),
+        Family::V6 => parse_v6(packet, 0, 0, 0, natt),
+    }
+}
+
+/// Takes one from TTL or hop limit of a packet that starts with its IP header, with incremental checksum.
+///
+/// # Errors
+/// `TtlExpired` when it is 0 or 1, the packet unchanged: the caller may answer with an ICMP error.
+#[inline]
+pub fn decrement_ttl(packet: &mut [u8], p: &Parsed) -> Result<(), DropReason> {
+    if p.ttl <= 1 {
+        return Err(DropReason::TtlExpired);
+    }
+    match p.family {
+        Family::V4 => match packet.first_chunk_mut::<20>() {
+            Some(h) => ipv4::decrement_ttl(h),
+            None => return Err(DropReason::IpMalformed),
+        },
+        Family::V6 => match packet.get_mut(7) {
+            Some(b) => *b = b.wrapping_sub(1),
+            None => return Err(DropReason::IpMalformed),
+        },
+    }
+    Ok(())
+}
+
+#[cold]
+fn not_ip(ethertype: u16, l2_len: u8, vlan: u16, group: u8) -> Parsed {
+    Parsed {
+        src: 0,
+        dst: 0,
+        kind: Kind::NotIp { ethertype },
+        sport: 0,
+        dport: 0,
+        vlan,
+        l3_len: 0,
+        upper_off: 0,
+        l2_len,
+        proto: 0,
+        ttl: 0,
+        tos: 0,
+        family: Family::V4,
+        frag: Frag::No,
+        flags: group,
+    }
+}
+
+#[inline(never)]
+fn parse_tagged(behind_eth: &[u8], group: u8, natt: NattPorts) -> Result<Parsed, DropReason> {
+    let Some((tag, l3)) = behind_eth.split_first_chunk::<VLAN_LEN>() else {
+        return Err(DropReason::L2Malformed);
+    };
+    let vlan = be16(tag, 0) & 0x0fff;
+    match be16(tag, 2) {
+        TYPE_IPV4 => parse_v4(l3, 18, vlan, group, natt),
+        TYPE_IPV6 => parse_v6(l3, 18, vlan, group, natt),
+        ethertype => Ok(not_ip(ethertype, 18, vlan, group)),
+    }
+}
+
+#[inline(always)]
+fn parse_v4(
+    l3: &[u8],
+    l2_len: u8,
+    vlan: u16,
+    group: u8,
+    natt: NattPorts,
+) -> Result<Parsed, DropReason> {
+    let Some(h) = l3.first_chunk::<20>() else {
+        return Err(DropReason::IpMalformed);
+    };
+    let (header_len, sum) = if h[0] == 0x45 {
+        (20, sum20(h))
+    } else {
+        with_options(h, l3)?
+    };
+    if sum != 0xffff {
+        return Err(DropReason::IpChecksum);
+    }
+    let l3_len = be16(h, 2);
+    let Some(upper) = l3.get(header_len..usize::from(l3_len)) else {
+        return Err(DropReason::IpMalformed);
+    };
+    let field = be16(h, 6);
+    let frag = if field & (ipv4::MF | 0x1fff) == 0 {
+        Frag::No
+    } else {
+        v4_fragment(field, upper.len())?
+    };
+    let p = Parsed {
+        src: u128::from(be32(h, 12)),
+        dst: u128::from(be32(h, 16)),
+        kind: Kind::Ip,
+        sport: 0,
+        dport: 0,
+        vlan,
+        l3_len,
+        upper_off: len16(header_len),
+        l2_len,
+        proto: h[9],
+        ttl: h[8],
+        tos: h[1],
+        family: Family::V4,
+        frag,
+        flags: group | (u8::from(field & ipv4::DF != 0) * DF),
+    };
+    finish(p, upper, natt)
+}
+
+/// Header length and sum of a header that is not the usual 20 bytes.
+#[cold]
+#[inline(never)]
+fn with_options(h: &[u8; 20], l3: &[u8]) -> Result<(usize, u16), DropReason> {
+    let len = usize::from(h[0] & 15) * 4;
+    if h[0] >> 4 != 4 || len < 20 {
+        return Err(DropReason::IpMalformed);
+    }
+    let header = l3.get(..len).ok_or(DropReason::IpMalformed)?;
+    Ok((len, checksum::sum(header)))
+}
+
+#[cold]
+#[inline(never)]
+fn v4_fragment(field: u16, payload: usize) -> Result<Frag, DropReason> {
+    let offset = usize::from(field & 0x1fff) * 8;
+    let more = field & ipv4::MF != 0;
+    if payload == 0 || (more && !payload.is_multiple_of(8)) || offset + payload > 65535 - 20 {
+        return Err(DropReason::FragmentInvalid);
+    }
+    Ok(if offset == 0 {
+        Frag::First
+    } else {
+        Frag::Later
+    })
+}
+
+#[inline(always)]
+fn parse_v6(
+    l3: &[u8],
+    l2_len: u8,
+    vlan: u16,
+    group: u8,
+    natt: NattPorts,
+) -> Result<Parsed, DropReason> {
+    let Some((h, rest)) = l3.split_first_chunk::<40>() else {
+        return Err(DropReason::IpMalformed);
+    };
+    let len = usize::from(be16(h, 4));
+    // Jumbograms and what cannot be counted in 16 bits are not supported.
+    if h[0] >> 4 != 6 || len > 65535 - 40 {
+        return Err(DropReason::IpMalformed);
+    }
+    let Some(payload) = rest.get(..len) else {
+        return Err(DropReason::IpMalformed);
+    };
+    let (proto, upper_off, frag, upper) = match h[6] {
+        proto::HOP_BY_HOP | proto::ROUTING | proto::FRAGMENT | proto::AH | proto::DEST_OPTS => {
+            walk(h[6], payload)?
+        }
+        p => (p, 40, Frag::No, payload),
+    };
+    let p = Parsed {
+        src: be128(h, 8),
+        dst: be128(h, 24),
+        kind: Kind::Ip,
+        sport: 0,
+        dport: 0,
+        vlan,
+        l3_len: len16(40 + len),
+        upper_off,
+        l2_len,
+        proto,
+        ttl: h[7],
+        tos: ipv6::tos(h),
+        family: Family::V6,
+        frag,
+        flags: group | DF,
+    };
+    finish(p, upper, natt)
+}
+
+#[inline(always)]
+fn be128(h: &[u8; 40], at: usize) -> u128 {
+    let half = |i: usize| u128::from(be32(h, i)) << 32 | u128::from(be32(h, i + 4));
+    half(at) << 64 | half(at + 8)
+}
+
+#[cold]
+#[inline(never)]
+fn walk(next: u8, payload: &[u8]) -> Result<(u8, u16, Frag, &[u8]), DropReason> {
+    let w = Walk::new(next, payload)?;
+    let upper = payload
+        .get(w.upper_at - ipv6::HEADER_LEN..)
+        .ok_or(DropReason::IpMalformed)?;
+    let frag = match w.fragment {
+        None => Frag::No,
+        Some(f) if f.is_atomic() => Frag::No,
+        Some(f) => {
+            let behind = payload.len() + ipv6::HEADER_LEN - f.at - ipv6::FRAGMENT_LEN;
+            if behind == 0 || (f.more && !behind.is_multiple_of(8)) || f.offset + behind > 65535 {
+                return Err(DropReason::FragmentInvalid);
+            }
+            if f.offset == 0 {
+                Frag::First
+            } else {
+                Frag::Later
+            }
+        }
+    };
+    Ok((w.proto, len16(w.upper_at), frag, upper))
+}
+
+/// Fills in what depends on the upper layer.
+#[inline(always)]
+fn finish(mut p: Parsed, upper: &[u8], natt: NattPorts) -> Result<Parsed, DropReason> {
+    if p.frag == Frag::Later {
+        return Ok(p);
+    }
+    let Some(u) = upper.first_chunk::<8>() else {
+        return finish_short(p, upper);
+    };
+    match p.proto {
+        proto::ESP if p.frag == Frag::No => {
+            p.kind = Kind::Esp {
+                spi: be32(u, 0),
+                seq: be32(u, 4),
+            };
+        }
+        proto::UDP => {
+            p.sport = be16(u, 0);
+            p.dport = be16(u, 2);
+            p.flags |= PORTS_VISIBLE;
+            if (natt.contains(p.dport) || p.dport == 500) && p.frag == Frag::No {
+                p.kind = udp_kind(p.dport, upper);
+            }
+        }
+        proto::ICMP | proto::ICMPV6 => {
+            p.sport = u16::from(u[0]);
+            p.dport = u16::from(u[1]);
+            p.flags |= ICMP_VISIBLE;
+        }
+        other if proto::has_ports(other) => {
+            p.sport = be16(u, 0);
+            p.dport = be16(u, 2);
+            p.flags |= PORTS_VISIBLE;
+        }
+        _ => {}
+    }
+    Ok(p)
+}
+
+/// A datagram whose UDP length disagrees with IP is left to the policy: only its receiver may judge it.
+#[inline(never)]
+fn udp_kind(dport: u16, upper: &[u8]) -> Kind {
+    let Some((udp, payload)) = upper.split_first_chunk::<8>() else {
+        return Kind::Ip;
+    };
+    if usize::from(be16(udp, 4)) != upper.len() {
+        return Kind::Ip;
+    }
+    if dport == 500 {
+        return Kind::Ike;
+    }
+    use super::esp::UdpPayload;
+    match UdpPayload::classify(payload) {
+        UdpPayload::Keepalive => Kind::NatKeepalive,
+        UdpPayload::Ike(_) => Kind::Ike,
+        UdpPayload::Esp(esp) => match esp.first_chunk::<8>() {
+            Some(h) => Kind::UdpEsp {
+                spi: be32(h, 0),
+                seq: be32(h, 4),
+            },
+            None => Kind::Ip,
+        },
+        UdpPayload::Malformed => Kind::Ip,
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn finish_short(mut p: Parsed, upper: &[u8]) -> Result<Parsed, DropReason> {
+    match p.proto {
+        // Eight bytes are the whole header of UDP and the least an ICMP or ESP packet can be.
+        proto::ESP => Err(DropReason::EspTooShort),
+        proto::UDP | proto::ICMP | proto::ICMPV6 => Err(DropReason::IpMalformed),
+        other if proto::has_ports(other) => {
+            let b = upper.first_chunk::<4>().ok_or(DropReason::IpMalformed)?;
+            p.sport = be16(b, 0);
+            p.dport = be16(b, 2);
+            p.flags |= PORTS_VISIBLE;
+            Ok(p)
+        }
+        _ => Ok(p),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::ethernet::EthernetRepr;
+    use crate::wire::ipv4::Ipv4Repr;
+    use crate::wire::ipv6::Ipv6Repr;
+
+    const NATT: NattPorts = NattPorts([4500, 4500]);
+
+    fn v4(proto: u8, frag: u16, upper: &[u8]) -> Vec<u8> {
+        let mut h = [0u8; 20];
+        Ipv4Repr {
+            src: Ipv4Addr::new(192, 0, 2, 1),
+            dst: Ipv4Addr::new(198, 51, 100, 2),
+            proto,
+            ttl: 64,
+            tos: 3,
+            id: 7,
+            frag,
+            payload_len: u16::try_from(upper.len()).unwrap(),
+        }
+        .emit(&mut h);
+        [&h[..], upper].concat()
+    }
+
+    fn v6(next_header: u8, payload: &[u8]) -> Vec<u8> {
+        let mut h = [0u8; 40];
+        Ipv6Repr {
+            src: "2001:db8::1".parse().unwrap(),
+            dst: "2001:db8::2".parse().unwrap(),
+            next_header,
+            hop_limit: 9,
+            tos: 0xb9,
+            flow_label: 5,
+            payload_len: u16::try_from(payload.len()).unwrap(),
+        }
+        .emit(&mut h);
+        [&h[..], payload].concat()
+    }
+
+    fn eth(vlan: u16, ethertype: u16, l3: &[u8]) -> Vec<u8> {
+        let repr = EthernetRepr {
+            dst: [2, 0, 0, 0, 0, 1],
+            src: [2, 0, 0, 0, 0, 2],
+            vlan,
+            ethertype,
+        };
+        let mut f = vec![0; repr.header_len()];
+        assert!(repr.emit(&mut f));
+        f.extend_from_slice(l3);
+        f
+    }
+
+    fn udp(sport: u16, dport: u16, payload: &[u8]) -> Vec<u8> {
+        let mut h = [0u8; 8];
+        crate::wire::udp::UdpRepr {
+            src: sport,
+            dst: dport,
+            payload_len: u16::try_from(payload.len()).unwrap(),
+        }
+        .emit(&mut h);
+        [&h[..], payload].concat()
+    }
+
+    #[test]
+    fn ethernet_padding_is_not_part_of_the_packet() {
+        let mut f = eth(0, TYPE_IPV4, &v4(17, 0, &udp(1, 2, b"x")));
+        f.resize(60, 0);
+        let p = parse(&f, NATT).unwrap();
+        assert_eq!((p.l2_len, p.l3_len, p.upper_off), (14, 29, 20));
+        assert_eq!(
+            (p.ports(), p.kind, p.frag),
+            (Some((1, 2)), Kind::Ip, Frag::No)
+        );
+        assert_eq!(p.src_ip(), "192.0.2.1".parse::<IpAddr>().unwrap());
+        assert_eq!(p.dst_ip(), "198.51.100.2".parse::<IpAddr>().unwrap());
+        assert!(!p.df() && !p.l2_group());
+    }
+
+    #[test]
+    fn vlan_tags_are_read_and_other_ethertypes_left_to_the_caller() {
+        let p = parse(&eth(42, TYPE_IPV6, &v6(17, &udp(3, 4, b""))), NATT).unwrap();
+        assert_eq!((p.l2_len, p.vlan, p.family), (18, 42, Family::V6));
+        assert_eq!((p.tos, p.ttl, p.l3_len), (0xb9, 9, 48));
+        let p = parse(&eth(42, 0x0806, &[0; 28]), NATT).unwrap();
+        assert_eq!(p.kind, Kind::NotIp { ethertype: 0x0806 });
+        assert_eq!((p.l2_len, p.vlan), (18, 42));
+        let mut f = eth(0, 0x88cc, &[]);
+        f[0] = 1;
+        assert!(parse(&f, NATT).unwrap().l2_group());
+        assert_eq!(parse(&f[..13], NATT), Err(DropReason::L2Malformed));
+    }
+
+    #[test]
+    fn esp_is_recognised_plain_and_in_udp() {
+        let esp = [0, 0, 0x10, 1, 0, 0, 0, 9, 1, 2, 3, 4];
+        let kind = |b: &[u8]| parse_ip(b, NATT).unwrap().kind;
+        let plain = Kind::Esp {
+            spi: 0x1001,
+            seq: 9,
+        };
+        let in_udp = Kind::UdpEsp {
+            spi: 0x1001,
+            seq: 9,
+        };
+        assert_eq!(kind(&v4(50, 0, &esp)), plain);
+        assert_eq!(kind(&v6(50, &esp)), plain);
+        let b = v4(17, 0, &udp(9999, 4500, &esp));
+        assert_eq!(kind(&b), in_udp);
+        assert_eq!(parse_ip(&b, NATT).unwrap().esp_off(), 28);
+        assert_eq!(kind(&v6(17, &udp(9999, 4500, &esp))), in_udp);
+        assert_eq!(kind(&v4(17, 0, &udp(4500, 9999, &esp))), Kind::Ip);
+        assert_eq!(
+            parse_ip(&v4(17, 0, &udp(1, 7777, &esp)), NattPorts([4500, 7777]))
+                .unwrap()
+                .kind,
+            in_udp
+        );
+        assert_eq!(
+            parse_ip(&v4(50, 0, &esp[..7]), NATT),
+            Err(DropReason::EspTooShort)
+        );
+    }
+
+    #[test]
+    fn keepalive_ike_and_odd_datagrams_on_the_natt_port_are_told_apart() {
+        let kind = |dport, payload: &[u8]| {
+            parse_ip(&v4(17, 0, &udp(4500, dport, payload)), NATT)
+                .unwrap()
+                .kind
+        };
+        assert_eq!(kind(4500, &[0xff]), Kind::NatKeepalive);
+        assert_eq!(kind(4500, &[0, 0, 0, 0, 1, 2]), Kind::Ike);
+        assert_eq!(kind(4500, &[1, 2]), Kind::Ip);
+        assert_eq!(kind(500, b"anything"), Kind::Ike);
+        let mut longer = udp(4500, 4500, &[0xff]);
+        longer.push(0);
+        assert_eq!(
+            parse_ip(&v4(17, 0, &longer), NATT).unwrap().kind,
+            Kind::Ip,
+            "UDP length disagrees with IP"
+        );
+    }
+
+    #[test]
+    fn a_wrong_checksum_is_told_from_wrong_lengths() {
+        let good = v4(6, 0, &[0; 20]);
+        let with = |at: usize, v: u8| {
+            let mut b = good.clone();
+            b[at] = v;
+            parse_ip(&b, NATT)
+        };
+        assert!(parse_ip(&good, NATT).is_ok());
+        assert_eq!(with(8, 63), Err(DropReason::IpChecksum));
+        assert_eq!(with(0, 0x44), Err(DropReason::IpMalformed));
+        assert_eq!(with(0, 0x55), Err(DropReason::IpMalformed));
+        assert_eq!(
+            parse_ip(&good[..39], NATT),
+            Err(DropReason::IpMalformed),
+            "total length beyond the bytes"
+        );
+        assert_eq!(parse_ip(&[], NATT), Err(DropReason::IpMalformed));
+        assert_eq!(
+            parse_ip_at(&good, Family::V6, NATT),
+            Err(DropReason::IpMalformed)
+        );
+    }
+
+    #[test]
+    fn options_are_skipped_and_covered_by_the_checksum() {
+        let mut b = v4(17, 0, &[&[1u8, 1, 1, 0][..], &udp(5, 6, b"")].concat());
+        b[0] = 0x46;
+        ipv4::fill_checksum_options(&mut b[..24]);
+        let p = parse_ip(&b, NATT).unwrap();
+        assert_eq!((p.upper_off, p.ports()), (24, Some((5, 6))));
+        b[20] ^= 8;
+        assert_eq!(parse_ip(&b, NATT), Err(DropReason::IpChecksum));
+    }
+
+    #[test]
+    fn ports_are_visible_in_first_fragments_only() {
+        let first = parse_ip(&v4(17, ipv4::MF, &udp(5, 6, &[0; 8])), NATT).unwrap();
+        assert_eq!((first.frag, first.ports()), (Frag::First, Some((5, 6))));
+        let later = parse_ip(&v4(17, 2, &udp(5, 6, &[0; 8])), NATT).unwrap();
+        assert_eq!((later.frag, later.ports()), (Frag::Later, None));
+        let esp = parse_ip(&v4(50, ipv4::MF, &[1; 16]), NATT).unwrap();
+        assert_eq!((esp.kind, esp.proto), (Kind::Ip, 50));
+        let mut v6frag = vec![17, 0, 0, 1, 0, 0, 0, 1];
+        v6frag.extend(udp(5, 6, &[]));
+        let p = parse_ip(&v6(44, &v6frag), NATT).unwrap();
+        assert_eq!(
+            (p.frag, p.upper_off, p.ports()),
+            (Frag::First, 48, Some((5, 6)))
+        );
+        v6frag[3] = 0;
+        let atomic = parse_ip(&v6(44, &v6frag), NATT).unwrap();
+        assert_eq!(atomic.frag, Frag::No);
+        v6frag[3] = 8;
+        assert_eq!(parse_ip(&v6(44, &v6frag), NATT).unwrap().frag, Frag::Later);
+    }
+
+    #[test]
+    fn impossible_fragments_are_refused() {
+        let invalid = Err(DropReason::FragmentInvalid);
+        assert_eq!(parse_ip(&v4(17, ipv4::MF, &[0; 9]), NATT), invalid);
+        assert_eq!(parse_ip(&v4(17, 1, &[]), NATT), invalid);
+        assert_eq!(parse_ip(&v4(17, 0x1fff, &[0; 24]), NATT), invalid);
+        let tiny = v4(6, ipv4::MF, &[]);
+        assert_eq!(parse_ip(&tiny, NATT), invalid);
+        assert_eq!(
+            parse_ip(&v6(44, &[17, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0]), NATT),
+            invalid
+        );
+        // First fragment without the transport header, RFC 7112.
+        assert_eq!(
+            parse_ip(
+                &v6(44, &[60, 0, 0, 1, 0, 0, 0, 1, 17, 0, 0, 0, 0, 0, 0, 0]),
+                NATT
+            ),
+            Err(DropReason::IpMalformed)
+        );
+    }
+
+    #[test]
+    fn icmp_type_and_code_stand_in_for_ports() {
+        let p = parse_ip(&v4(1, 0, &[8, 3, 0, 0, 0, 0, 0, 0]), NATT).unwrap();
+        assert_eq!((p.icmp(), p.ports()), (Some((8, 3)), None));
+        let p = parse_ip(&v6(58, &[128, 1, 0, 0, 0, 0, 0, 0]), NATT).unwrap();
+        assert_eq!(p.icmp(), Some((128, 1)));
+    }
+
+    #[test]
+    fn ttl_is_decremented_until_it_expires() {
+        let mut b = v4(17, 0, &udp(1, 2, b""));
+        let p = parse_ip(&b, NATT).unwrap();
+        decrement_ttl(&mut b, &p).unwrap();
+        assert_eq!(parse_ip(&b, NATT).unwrap().ttl, 63);
+        let mut b = v6(17, &udp(1, 2, b""));
+        b[7] = 1;
+        let p = parse_ip(&b, NATT).unwrap();
+        assert_eq!(decrement_ttl(&mut b, &p), Err(DropReason::TtlExpired));
+        assert_eq!(b[7], 1);
+    }
+}
