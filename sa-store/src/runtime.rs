@@ -21,9 +21,7 @@ use crate::replay::ReplayWindow;
 use crate::sa::{Direction, SaId, SaSpec, UdpEncap, Vrf};
 use crate::spd::SelectorSet;
 
-/// Position of a tunnel in the snapshot's tunnel table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct TunnelIdx(pub u32);
+pub use crate::spd::TunnelIdx;
 
 /// Sticky event bits of an SA. Set by the data path, cleared by control once handled: nothing is lost
 /// however late control looks.
