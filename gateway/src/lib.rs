@@ -2,6 +2,5 @@
 
 #![forbid(unsafe_code)]
 
-pub mod config;
 pub mod crypto;
 pub mod wire;

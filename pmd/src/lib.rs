@@ -6,6 +6,7 @@
 
 pub mod arena;
 pub mod capture_file;
+pub mod engine;
 pub mod frame;
 pub mod memory;
 pub mod pcap;

@@ -5,7 +5,7 @@
 //! packet.
 
 use std::fmt;
-use std::os::fd::RawFd;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use sa_store::counters::Counter;
@@ -169,7 +169,7 @@ pub trait PortQueue: Send {
     }
 
     /// Becomes readable when something was received after [`PortQueue::arm`]; `None` when the port must be polled.
-    fn wait_fd(&self) -> Option<RawFd> {
+    fn wait_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 

@@ -20,7 +20,6 @@ use crate::plan::{InPlan, OutPlan};
 use crate::replay::ReplayWindow;
 use crate::sa::{Direction, SaId, SaSpec, UdpEncap, Vrf};
 use crate::spd::SelectorSet;
-
 pub use crate::spd::TunnelIdx;
 
 /// Sticky event bits of an SA. Set by the data path, cleared by control once handled: nothing is lost
@@ -50,10 +49,22 @@ pub mod event {
     /// Names of the set bits, for logs and the event stream.
     pub fn names(bits: u32) -> impl Iterator<Item = &'static str> {
         const NAMES: [&str; 10] = [
-            "soft_packets", "soft_bytes", "soft_time", "hard", "sequence_low", "sequence_end", "lease_low", "lease_out",
-            "replay_burst", "first_use",
+            "soft_packets",
+            "soft_bytes",
+            "soft_time",
+            "hard",
+            "sequence_low",
+            "sequence_end",
+            "lease_low",
+            "lease_out",
+            "replay_burst",
+            "first_use",
         ];
-        NAMES.into_iter().enumerate().filter(move |(i, _)| bits >> i & 1 == 1).map(|(_, n)| n)
+        NAMES
+            .into_iter()
+            .enumerate()
+            .filter(move |(i, _)| bits >> i & 1 == 1)
+            .map(|(_, n)| n)
     }
 }
 
@@ -171,7 +182,11 @@ pub struct Start {
 
 impl Default for Start {
     fn default() -> Self {
-        Self { next_seq: 1, lease_end: 1, window_top: 0 }
+        Self {
+            next_seq: 1,
+            lease_end: 1,
+            window_top: 0,
+        }
     }
 }
 
@@ -196,9 +211,25 @@ pub struct Install {
 impl SaEntry {
     /// Builds the entry; the caller publishes it.
     pub fn new(spec: Arc<SaSpec>, install: Install) -> Self {
-        let Install { id, tunnel, owner, cipher, provider, start, now } = install;
-        let at = |s: Option<u64>| s.map_or(u64::MAX, |s| now.saturating_add(s.saturating_mul(1_000_000_000)));
-        let last_seq = if spec.esn { u64::MAX - 1 } else { u64::from(u32::MAX) };
+        let Install {
+            id,
+            tunnel,
+            owner,
+            cipher,
+            provider,
+            start,
+            now,
+        } = install;
+        let at = |s: Option<u64>| {
+            s.map_or(u64::MAX, |s| {
+                now.saturating_add(s.saturating_mul(1_000_000_000))
+            })
+        };
+        let last_seq = if spec.esn {
+            u64::MAX - 1
+        } else {
+            u64::from(u32::MAX)
+        };
         let thresholds = Thresholds {
             soft_packets: spec.soft.packets.unwrap_or(u64::MAX),
             soft_bytes: spec.soft.bytes.unwrap_or(u64::MAX),
@@ -228,7 +259,7 @@ impl SaEntry {
         let live = Live {
             next_seq: AtomicU64::new(start.next_seq.max(1)),
             lease_end: AtomicU64::new(start.lease_end),
-            lease_low: AtomicU64::new(start.lease_end),
+            lease_low: AtomicU64::new(start.next_seq.midpoint(start.lease_end)),
             events: AtomicU32::new(0),
             disabled: AtomicBool::new(false),
             thresholds,
@@ -237,7 +268,13 @@ impl SaEntry {
             window: ReplayWindow::resume(spec.replay_window, spec.esn, start.window_top),
             in_flight: AtomicU32::new(0),
         };
-        Self { fixed, live, spec, provider, installed_at: now }
+        Self {
+            fixed,
+            live,
+            spec,
+            provider,
+            installed_at: now,
+        }
     }
 
     /// Takes the next outbound number for a packet of `bytes`, or says why not. Owner only. `now` is the
@@ -259,7 +296,11 @@ impl SaEntry {
         live.next_seq.store(seq + 1, Ordering::Relaxed);
         live.counters.packets.add(1);
         live.counters.bytes.add(bytes);
-        if seq >= t.soft_packets || total >= t.soft_bytes || now >= t.soft_at || seq >= live.lease_low.load(Ordering::Relaxed) {
+        if seq >= t.soft_packets
+            || total >= t.soft_bytes
+            || now >= t.soft_at
+            || seq >= live.lease_low.load(Ordering::Relaxed)
+        {
             self.soft(seq, total, now);
         }
         Ok(seq)
@@ -345,6 +386,12 @@ impl SaEntry {
         self.live.disabled.load(Ordering::Relaxed)
     }
 
+    /// Asks the CPU to fetch what look-ups and encapsulation read.
+    #[inline(always)]
+    pub fn prefetch_fixed(&self) {
+        crate::prefetch::read_lines(&self.fixed, 4);
+    }
+
     /// Asks the CPU to fetch what numbering or the window check will touch.
     #[inline(always)]
     pub fn prefetch_live(&self) {
@@ -419,7 +466,10 @@ impl SaEntry {
 
 impl std::fmt::Debug for SaEntry {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SaEntry").field("id", &self.fixed.id).field("name", &self.spec.name).finish_non_exhaustive()
+        f.debug_struct("SaEntry")
+            .field("id", &self.fixed.id)
+            .field("name", &self.spec.name)
+            .finish_non_exhaustive()
     }
 }
 

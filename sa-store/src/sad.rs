@@ -30,7 +30,10 @@ pub struct Sad {
 impl Default for Sad {
     fn default() -> Self {
         let empty = Arc::new(Shard::default());
-        Self { shards: Box::new(std::array::from_fn(|_| Arc::clone(&empty))), len: 0 }
+        Self {
+            shards: Box::new(std::array::from_fn(|_| Arc::clone(&empty))),
+            len: 0,
+        }
     }
 }
 
@@ -80,7 +83,11 @@ impl Sad {
             }
             Some(Slot::Many(list)) => {
                 let before = list.len();
-                let mut list: Vec<_> = list.iter().filter(|e| !same_place(e, &entry)).cloned().collect();
+                let mut list: Vec<_> = list
+                    .iter()
+                    .filter(|e| !same_place(e, &entry))
+                    .cloned()
+                    .collect();
                 list.push(entry);
                 self.len = self.len + list.len() - before;
                 Slot::Many(list.into())
@@ -96,7 +103,9 @@ impl Sad {
         let is_it = |e: &Arc<SaEntry>| e.fixed.id == entry.fixed.id;
         let left: Vec<_> = match shard.get(&spi) {
             Some(Slot::One(e)) if is_it(e) => Vec::new(),
-            Some(Slot::Many(list)) if list.iter().any(is_it) => list.iter().filter(|e| !is_it(e)).cloned().collect(),
+            Some(Slot::Many(list)) if list.iter().any(is_it) => {
+                list.iter().filter(|e| !is_it(e)).cloned().collect()
+            }
             _ => return false,
         };
         self.len -= 1;

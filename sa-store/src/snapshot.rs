@@ -65,7 +65,7 @@ impl Snapshot {
 /// The place where control publishes and workers look.
 #[derive(Debug)]
 pub struct Shared {
-    pub(crate) current: ArcSwap<Snapshot>,
+    pub(crate) current: Arc<ArcSwap<Snapshot>>,
     pub(crate) quiesce: Quiesce,
 }
 
@@ -86,29 +86,24 @@ impl Shared {
 pub struct Reader {
     shared: Arc<Shared>,
     worker: usize,
-    cache: Option<Cache<Arc<Shared>, Arc<Snapshot>>>,
+    cache: Option<Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>>,
     acknowledged: u64,
-}
-
-impl AsRef<ArcSwap<Snapshot>> for Shared {
-    fn as_ref(&self) -> &ArcSwap<Snapshot> {
-        &self.current
-    }
-}
-
-impl std::ops::Deref for Shared {
-    type Target = ArcSwap<Snapshot>;
-
-    fn deref(&self) -> &Self::Target {
-        &self.current
-    }
 }
 
 impl Reader {
     /// The reader of worker number `worker`. Parked until the first [`load`](Self::load).
     pub fn new(shared: Arc<Shared>, worker: usize) -> Self {
-        assert!(worker < shared.workers(), "worker {worker} of {}", shared.workers());
-        Self { shared, worker, cache: None, acknowledged: 0 }
+        assert!(
+            worker < shared.workers(),
+            "worker {worker} of {}",
+            shared.workers()
+        );
+        Self {
+            shared,
+            worker,
+            cache: None,
+            acknowledged: 0,
+        }
     }
 
     /// The current snapshot. By calling it again the worker says that it holds nothing of an older one.
@@ -116,10 +111,12 @@ impl Reader {
     pub fn load(&mut self) -> &Arc<Snapshot> {
         if self.cache.is_none() {
             self.shared.quiesce.unpark(self.worker);
-            self.cache = Some(Cache::new(Arc::clone(&self.shared)));
+            self.cache = Some(Cache::new(Arc::clone(&self.shared.current)));
             self.acknowledged = 0;
         }
-        let Some(cache) = &mut self.cache else { unreachable!("set above") };
+        let Some(cache) = &mut self.cache else {
+            unreachable!("set above")
+        };
         let snapshot = cache.load();
         if snapshot.epoch != self.acknowledged {
             self.acknowledged = snapshot.epoch;

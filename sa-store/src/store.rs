@@ -8,11 +8,8 @@
 //!                                with them, and their slots may be used again
 //! ```
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-
-use arc_swap::ArcSwap;
-use hashbrown::HashMap;
 
 use crate::chunked::Chunked;
 use crate::cipher::{CipherError, CipherFactory};
@@ -23,6 +20,7 @@ use crate::sa::{Direction, SaId, SaSpec};
 use crate::sad::Sad;
 use crate::snapshot::{NO_SA, Shared, Snapshot, TunnelSlot};
 use crate::spd::Spd;
+use arc_swap::ArcSwap;
 
 /// Why an SA was not added.
 #[derive(Debug, thiserror::Error)]
@@ -154,11 +152,14 @@ impl Store {
             sad: Sad::default(),
             sas: Chunked::new(None),
             tunnels: Chunked::new(TunnelSlot { out: NO_SA }),
-            spd_out: Arc::new(Spd::default()),
-            spd_in: Arc::new(Spd::default()),
+            spd_out: Arc::new(Spd::empty(Direction::Out)),
+            spd_in: Arc::new(Spd::empty(Direction::In)),
             fib: Arc::new(Fib::default()),
         };
-        let shared = Shared { current: ArcSwap::from_pointee(snapshot), quiesce: Quiesce::new(workers) };
+        let shared = Shared {
+            current: Arc::new(ArcSwap::from_pointee(snapshot)),
+            quiesce: Quiesce::new(workers),
+        };
         Self {
             shared: Arc::new(shared),
             superseded: VecDeque::new(),
@@ -183,7 +184,11 @@ impl Store {
 
     /// Starts a change.
     pub fn draft(&self) -> Draft {
-        Draft { snapshot: Snapshot::clone(&self.shared.current.load()), removed: Vec::new(), taken: Vec::new() }
+        Draft {
+            snapshot: Snapshot::clone(&self.shared.current.load()),
+            removed: Vec::new(),
+            taken: Vec::new(),
+        }
     }
 
     /// Index of a tunnel, given on first mention and kept for good.
@@ -192,7 +197,10 @@ impl Store {
             return *idx;
         }
         let idx = TunnelIdx(u32::try_from(self.tunnels.len()).unwrap_or(u32::MAX));
-        self.tunnels.push(Tunnel { name: name.to_owned(), ..Tunnel::default() });
+        self.tunnels.push(Tunnel {
+            name: name.to_owned(),
+            ..Tunnel::default()
+        });
         self.by_name.insert(name.to_owned(), idx);
         idx
     }
@@ -209,11 +217,21 @@ impl Store {
 
     /// Both directions' counts of a tunnel, past and present SAs: (out, in).
     pub fn totals(&self) -> Vec<(Totals, Totals)> {
-        let mut sums: Vec<_> = self.tunnels.iter().map(|t| (t.past_out, t.past_in)).collect();
+        let mut sums: Vec<_> = self
+            .tunnels
+            .iter()
+            .map(|t| (t.past_out, t.past_in))
+            .collect();
         let current = self.shared.current.load();
-        let live = current.sas.iter().flatten().chain(self.retiring.iter().map(|(_, e)| e));
+        let live = current
+            .sas
+            .iter()
+            .flatten()
+            .chain(self.retiring.iter().map(|(_, e)| e));
         for entry in live {
-            let Some(sum) = sums.get_mut(entry.fixed.tunnel.0 as usize) else { continue };
+            let Some(sum) = sums.get_mut(entry.fixed.tunnel.0 as usize) else {
+                continue;
+            };
             match entry.fixed.direction {
                 Direction::Out => sum.0.add(&Totals::of(entry)),
                 Direction::In => sum.1.add(&Totals::of(entry)),
@@ -234,10 +252,17 @@ impl Store {
     ) -> Result<SaId, StoreError> {
         let cipher = factory
             .make(spec.suite, &spec.keys, spec.esn, spec.direction)
-            .map_err(|source| StoreError::Cipher { name: spec.name.clone(), source })?;
+            .map_err(|source| StoreError::Cipher {
+                name: spec.name.clone(),
+                source,
+            })?;
         let provider = factory.provider_for(spec.suite).unwrap_or("none");
         if spec.direction == Direction::In
-            && let Some(other) = draft.snapshot.sad.find(spec.spi.value(), mapped(spec.dst), spec.vrf)
+            && let Some(other) =
+                draft
+                    .snapshot
+                    .sad
+                    .find(spec.spi.value(), mapped(spec.dst), spec.vrf)
         {
             return Err(StoreError::DuplicateSpi {
                 name: spec.name.clone(),
@@ -251,7 +276,10 @@ impl Store {
             None => {
                 let index = u32::try_from(self.generations.len()).unwrap_or(u32::MAX);
                 if index >= self.max_sas {
-                    return Err(StoreError::Full { name: spec.name.clone(), limit: self.max_sas });
+                    return Err(StoreError::Full {
+                        name: spec.name.clone(),
+                        limit: self.max_sas,
+                    });
                 }
                 self.generations.push(0);
                 index
@@ -260,12 +288,28 @@ impl Store {
         draft.taken.push(index);
         let generation = &mut self.generations[index as usize];
         *generation = generation.wrapping_add(1);
-        let id = SaId { index, generation: *generation };
+        let id = SaId {
+            index,
+            generation: *generation,
+        };
         let tunnel = self.tunnel(&spec.tunnel);
-        let workers = u32::try_from(self.shared.workers()).unwrap_or(u32::MAX).max(1);
+        let workers = u32::try_from(self.shared.workers())
+            .unwrap_or(u32::MAX)
+            .max(1);
         // Both directions of a tunnel live on one worker.
         let owner = u16::try_from(tunnel.0 % workers).unwrap_or(0);
-        let entry = Arc::new(SaEntry::new(spec, Install { id, tunnel, owner, cipher, provider, start, now }));
+        let entry = Arc::new(SaEntry::new(
+            spec,
+            Install {
+                id,
+                tunnel,
+                owner,
+                cipher,
+                provider,
+                start,
+                now,
+            },
+        ));
         match entry.fixed.direction {
             Direction::In => draft.snapshot.sad.insert(Arc::clone(&entry)),
             Direction::Out => draft.set_outbound(tunnel, id),
@@ -276,7 +320,11 @@ impl Store {
 
     /// Makes the draft the current state. Workers see it with their next burst.
     pub fn publish(&mut self, draft: Draft) {
-        let Draft { mut snapshot, removed, taken } = draft;
+        let Draft {
+            mut snapshot,
+            removed,
+            taken,
+        } = draft;
         let old = self.shared.current.load_full();
         snapshot.epoch = old.epoch + 1;
         for index in taken {
@@ -284,10 +332,13 @@ impl Store {
                 && e.fixed.direction == Direction::Out
                 && let Some(t) = self.tunnels.get_mut(e.fixed.tunnel.0 as usize)
             {
-                t.rekeys += u64::from(old.tunnels.at(e.fixed.tunnel.0).out != NO_SA || t.past_out.packets > 0);
+                t.rekeys += u64::from(
+                    old.tunnels.at(e.fixed.tunnel.0).out != NO_SA || t.past_out.packets > 0,
+                );
             }
         }
-        self.retiring.extend(removed.into_iter().map(|e| (snapshot.epoch, e)));
+        self.retiring
+            .extend(removed.into_iter().map(|e| (snapshot.epoch, e)));
         self.shared.current.store(Arc::new(snapshot));
         self.superseded.push_back(old);
     }
@@ -308,7 +359,10 @@ impl Store {
         let tunnels = &mut self.tunnels;
         let free = &mut self.free;
         self.retiring.retain(|(epoch, entry)| {
-            let in_flight = entry.live.in_flight.load(std::sync::atomic::Ordering::Acquire);
+            let in_flight = entry
+                .live
+                .in_flight
+                .load(std::sync::atomic::Ordering::Acquire);
             if superseded_left < *epoch || in_flight != 0 {
                 return true;
             }
@@ -339,12 +393,16 @@ impl Draft {
 
     /// Removes an SA; it retires once the draft is published and all workers have moved on.
     pub fn remove_sa(&mut self, id: SaId) -> bool {
-        let Some(entry) = self.snapshot.sa(id).cloned() else { return false };
+        let Some(entry) = self.snapshot.sa(id).cloned() else {
+            return false;
+        };
         self.snapshot.sad.remove(&entry);
         self.snapshot.sas.set(id.index, None);
         let tunnel = entry.fixed.tunnel;
         if self.snapshot.tunnels.at(tunnel.0).out == id.index {
-            self.snapshot.tunnels.set(tunnel.0, TunnelSlot { out: NO_SA });
+            self.snapshot
+                .tunnels
+                .set(tunnel.0, TunnelSlot { out: NO_SA });
         }
         self.removed.push(entry);
         true
@@ -352,7 +410,9 @@ impl Draft {
 
     /// Makes an outbound SA the sender of its tunnel.
     pub fn set_outbound(&mut self, tunnel: TunnelIdx, id: SaId) {
-        self.snapshot.tunnels.set(tunnel.0, TunnelSlot { out: id.index });
+        self.snapshot
+            .tunnels
+            .set(tunnel.0, TunnelSlot { out: id.index });
     }
 
     /// Replaces the policies.
@@ -364,5 +424,329 @@ impl Draft {
     /// Replaces the routes.
     pub fn set_fib(&mut self, fib: Arc<Fib>) {
         self.snapshot.fib = fib;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cipher::{CipherJob, SaCipher};
+    use crate::sa::*;
+    use crate::snapshot::Reader;
+    use crate::suite::{AeadIcv, AesBits, Suite};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// Stands for expanded keys; counts those alive. No packet is ciphered here.
+    struct Keys(Arc<AtomicUsize>);
+
+    impl Drop for Keys {
+        fn drop(&mut self) {
+            self.0.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    impl SaCipher for Keys {
+        fn lane(&self) -> u16 {
+            0
+        }
+        fn prefetch(&self) {}
+        fn seal(&self, _: &mut [CipherJob<'_>]) {}
+        fn open(&self, _: &mut [CipherJob<'_>]) {}
+        fn as_any(&self) -> &dyn std::any::Any {
+            self
+        }
+    }
+
+    #[derive(Default)]
+    struct Factory(Arc<AtomicUsize>);
+
+    impl CipherFactory for Factory {
+        fn make(
+            &self,
+            _: Suite,
+            _: &SaKeys,
+            _: bool,
+            _: Direction,
+        ) -> Result<Box<dyn SaCipher>, CipherError> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Ok(Box::new(Keys(Arc::clone(&self.0))))
+        }
+        fn provider_for(&self, _: Suite) -> Option<&'static str> {
+            Some("test")
+        }
+    }
+
+    fn spec(name: &str, direction: Direction, spi: u32) -> Arc<SaSpec> {
+        let suite = Suite::Gcm(AesBits::B128, AeadIcv::L16);
+        Arc::new(SaSpec {
+            name: name.into(),
+            tunnel: "t".into(),
+            direction,
+            spi: Spi::new(spi).unwrap(),
+            src: "192.0.2.1".parse().unwrap(),
+            dst: "192.0.2.2".parse().unwrap(),
+            mode: Mode::Tunnel,
+            suite,
+            keys: SaKeys {
+                enc: vec![1; 20].into(),
+                auth: Vec::new().into(),
+            },
+            encap: None,
+            esn: true,
+            replay_window: 64,
+            first_use: true,
+            soft: Limits::default(),
+            hard: Limits {
+                packets: Some(3),
+                bytes: None,
+                seconds: Some(10),
+            },
+            dscp: Dscp::Copy,
+            df: Df::Copy,
+            ecn: true,
+            ttl: 64,
+            pmtu: None,
+            tfc: Tfc::Off,
+            mss_clamp: false,
+            vrf: Vrf(0),
+            if_id: IfId(0),
+            selectors: Vec::new(),
+            offload: OffloadMode::Software,
+            engine: None,
+        })
+    }
+
+    fn start() -> Start {
+        Start {
+            next_seq: 1,
+            lease_end: 1000,
+            window_top: 0,
+        }
+    }
+
+    #[test]
+    fn keys_of_a_removed_sa_live_until_every_worker_has_moved_on() {
+        let factory = Factory::default();
+        let mut store = Store::new(2, 16);
+        let mut readers = [0, 1].map(|w| Reader::new(Arc::clone(store.shared()), w));
+        let mut draft = store.draft();
+        let id = store
+            .add_sa(
+                &mut draft,
+                spec("a", Direction::In, 0x1000),
+                &factory,
+                start(),
+                0,
+            )
+            .unwrap();
+        store.publish(draft);
+        for r in &mut readers {
+            assert!(r.load().sa(id).is_some());
+        }
+        let mut draft = store.draft();
+        assert!(draft.remove_sa(id));
+        store.publish(draft);
+        assert!(readers[0].load().sa(id).is_none());
+        assert!(store.reap().is_empty(), "worker 1 may still use it");
+        assert_eq!(factory.0.load(Ordering::Relaxed), 1);
+        readers[1].park();
+        assert_eq!(store.reap(), [id]);
+        assert_eq!(factory.0.load(Ordering::Relaxed), 0, "keys wiped");
+        let mut draft = store.draft();
+        let next = store
+            .add_sa(
+                &mut draft,
+                spec("b", Direction::In, 0x1000),
+                &factory,
+                start(),
+                0,
+            )
+            .unwrap();
+        assert_eq!(next.index, id.index);
+        assert_ne!(next.generation, id.generation);
+    }
+
+    #[test]
+    fn a_discarded_draft_changes_nothing() {
+        let factory = Factory::default();
+        let mut store = Store::new(1, 1);
+        let mut draft = store.draft();
+        store
+            .add_sa(
+                &mut draft,
+                spec("a", Direction::Out, 0x1000),
+                &factory,
+                start(),
+                0,
+            )
+            .unwrap();
+        assert!(matches!(
+            store.add_sa(
+                &mut draft,
+                spec("b", Direction::Out, 0x1001),
+                &factory,
+                start(),
+                0
+            ),
+            Err(StoreError::Full { limit: 1, .. })
+        ));
+        store.discard(draft);
+        assert_eq!(store.current().epoch, 1);
+        let mut draft = store.draft();
+        assert!(
+            store
+                .add_sa(
+                    &mut draft,
+                    spec("c", Direction::Out, 0x1000),
+                    &factory,
+                    start(),
+                    0
+                )
+                .is_ok()
+        );
+    }
+
+    #[test]
+    fn a_taken_spi_names_the_sa_that_has_it() {
+        let factory = Factory::default();
+        let mut store = Store::new(1, 4);
+        let mut draft = store.draft();
+        store
+            .add_sa(
+                &mut draft,
+                spec("a", Direction::In, 0x1000),
+                &factory,
+                start(),
+                0,
+            )
+            .unwrap();
+        let err = store
+            .add_sa(
+                &mut draft,
+                spec("b", Direction::In, 0x1000),
+                &factory,
+                start(),
+                0,
+            )
+            .unwrap_err();
+        assert_eq!(
+            err.to_string(),
+            "SA \"b\": SPI 0x00001000 at 192.0.2.2 is already in use by SA \"a\""
+        );
+    }
+
+    #[test]
+    fn packet_n_passes_and_the_next_is_refused_by_name() {
+        let factory = Factory::default();
+        let mut store = Store::new(1, 4);
+        let mut draft = store.draft();
+        let out = store
+            .add_sa(
+                &mut draft,
+                spec("o", Direction::Out, 0x1000),
+                &factory,
+                start(),
+                0,
+            )
+            .unwrap();
+        let inb = store
+            .add_sa(
+                &mut draft,
+                spec("i", Direction::In, 0x1001),
+                &factory,
+                start(),
+                0,
+            )
+            .unwrap();
+        store.publish(draft);
+        let snap = store.current();
+        let o = snap.sa(out).unwrap();
+        let i = snap.sa(inb).unwrap();
+        for n in 1..=3 {
+            assert_eq!(o.next_out(100, 0), Ok(n));
+            assert_eq!(i.account_in(100, 0), Ok(()));
+        }
+        use crate::drops::DropReason::*;
+        assert_eq!(o.next_out(100, 0), Err(HardPackets));
+        assert_eq!(i.account_in(100, 0), Err(HardPackets));
+        assert_eq!(i.admit_in(0), Err(HardPackets));
+        assert_eq!(
+            o.events() & crate::runtime::event::HARD,
+            crate::runtime::event::HARD
+        );
+        assert_eq!(o.live.counters.packets.value(), 3);
+        assert_eq!(i.admit_in(10_000_000_000), Err(HardTime));
+    }
+
+    #[test]
+    fn tunnel_totals_go_on_when_an_sa_is_replaced() {
+        let factory = Factory::default();
+        let mut store = Store::new(1, 4);
+        let mut draft = store.draft();
+        let a = store
+            .add_sa(
+                &mut draft,
+                spec("a", Direction::Out, 0x1000),
+                &factory,
+                start(),
+                0,
+            )
+            .unwrap();
+        store.publish(draft);
+        store.current().sa(a).unwrap().next_out(100, 0).unwrap();
+        let mut draft = store.draft();
+        let b = store
+            .add_sa(
+                &mut draft,
+                spec("b", Direction::Out, 0x1001),
+                &factory,
+                start(),
+                0,
+            )
+            .unwrap();
+        draft.remove_sa(a);
+        store.publish(draft);
+        assert_eq!(store.totals()[0].0.packets, 1, "while retiring");
+        store.reap();
+        let tunnel = store.find_tunnel("t").unwrap();
+        assert_eq!(store.current().outbound(tunnel).unwrap().fixed.id, b);
+        store.current().sa(b).unwrap().next_out(50, 0).unwrap();
+        assert_eq!(
+            store.totals()[0].0,
+            Totals {
+                packets: 2,
+                bytes: 150,
+                ..Totals::default()
+            }
+        );
+        assert_eq!(store.tunnels()[0].rekeys, 1);
+    }
+
+    #[test]
+    fn nothing_is_sent_beyond_the_lease() {
+        let factory = Factory::default();
+        let mut store = Store::new(1, 4);
+        let mut draft = store.draft();
+        let lease = Start {
+            next_seq: 7,
+            lease_end: 8,
+            window_top: 0,
+        };
+        let mut s = SaSpec::clone(&spec("a", Direction::Out, 0x1000));
+        s.hard = Limits::default();
+        let id = store
+            .add_sa(&mut draft, Arc::new(s), &factory, lease, 0)
+            .unwrap();
+        let e = draft.snapshot().sa(id).unwrap().clone();
+        assert_eq!(e.next_out(1, 0), Ok(7));
+        assert_eq!(
+            e.next_out(1, 0),
+            Err(crate::drops::DropReason::LeaseExhausted)
+        );
+        e.extend_lease(10, 9);
+        assert_eq!(e.next_out(1, 0), Ok(8));
+        assert_eq!(e.events() & crate::runtime::event::LEASE_LOW, 0);
+        assert_eq!(e.next_out(1, 0), Ok(9));
+        assert_ne!(e.events() & crate::runtime::event::LEASE_LOW, 0);
     }
 }

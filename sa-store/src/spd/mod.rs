@@ -165,6 +165,15 @@ impl Spd {
     }
 }
 
+impl std::fmt::Debug for Spd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Spd")
+            .field("direction", &self.direction)
+            .field("policies", &self.len())
+            .finish_non_exhaustive()
+    }
+}
+
 /// Size of a compiled table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SpdShape {

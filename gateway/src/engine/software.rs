@@ -1,0 +1,113 @@
+//! Completes every job within `submit`, on the calling worker.
+
+use arrayvec::ArrayVec;
+use pmd::engine::{Capabilities, EspEngine, EspJob, JobKind, JobStatus, Refusal};
+use sa_store::cipher::CipherJob;
+use sa_store::runtime::SaEntry;
+use sa_store::sa::SaId;
+use sa_store::snapshot::Snapshot;
+
+/// Jobs given to a provider in one call.
+const RUN: usize = 64;
+
+/// The software engine of one worker. It has no state: an SA's expanded keys travel in the snapshot.
+#[derive(Debug)]
+pub struct SoftwareEngine {
+    capabilities: Capabilities,
+}
+
+impl Default for SoftwareEngine {
+    fn default() -> Self {
+        Self { capabilities: Capabilities { name: "software", in_flight: usize::MAX, synchronous: true } }
+    }
+}
+
+impl EspEngine for SoftwareEngine {
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn install(&mut self, _sa: &SaEntry) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn remove(&mut self, _sa: SaId) {}
+
+    fn submit(&mut self, view: &Snapshot, jobs: &mut Vec<EspJob>, done: &mut Vec<EspJob>) {
+        for run in jobs.chunks_mut(RUN) {
+            let mut rest = &mut run[..];
+            while let Some(first) = rest.first() {
+                let kind = first.kind;
+                let n = rest.iter().take_while(|j| j.kind == kind).count();
+                let (now, later) = rest.split_at_mut(n);
+                cipher_run(view, kind, now);
+                rest = later;
+            }
+        }
+        if done.is_empty() {
+            std::mem::swap(jobs, done);
+        } else {
+            done.append(jobs);
+        }
+    }
+
+    fn poll(&mut self, _done: &mut Vec<EspJob>) {}
+
+    fn in_flight(&self) -> usize {
+        0
+    }
+}
+
+/// Ciphers up to [`RUN`] jobs of one direction, lane by lane: jobs of several SAs that a provider may mix go to
+/// it in one call. Jobs of one SA share a lane, so their order is kept.
+fn cipher_run(view: &Snapshot, kind: JobKind, jobs: &mut [EspJob]) {
+    let mut left = jobs.len();
+    let mut lane = None;
+    while left != 0 {
+        let mut places: ArrayVec<usize, RUN> = ArrayVec::new();
+        let mut batch: ArrayVec<CipherJob<'_>, RUN> = ArrayVec::new();
+        let mut gone = 0;
+        for (place, job) in jobs.iter_mut().enumerate() {
+            if job.status != JobStatus::Pending {
+                continue;
+            }
+            let Some(entry) = view.sa(job.sa) else {
+                job.status = JobStatus::SaGone;
+                gone += 1;
+                continue;
+            };
+            let ctx = &*entry.fixed.cipher;
+            if *lane.get_or_insert_with(|| ctx.lane()) != ctx.lane() {
+                continue;
+            }
+            let (from, to) = (usize::from(job.esp_off), usize::from(job.esp_end));
+            let Some(esp) = job.frame.data_mut().get_mut(from..to) else {
+                job.status = JobStatus::Failed;
+                gone += 1;
+                continue;
+            };
+            #[allow(clippy::cast_possible_truncation, reason = "upper half of a u64")]
+            let seq_hi = (job.seq >> 32) as u32;
+            places.push(place);
+            batch.push(CipherJob { ctx, esp, seq_hi, ok: false });
+        }
+        if let Some(first) = batch.first() {
+            let ctx = first.ctx;
+            match kind {
+                JobKind::Seal => ctx.seal(&mut batch),
+                JobKind::Open => ctx.open(&mut batch),
+            }
+        }
+        left -= gone + batch.len();
+        let results: ArrayVec<bool, RUN> = batch.iter().map(|j| j.ok).collect();
+        drop(batch);
+        for (place, ok) in places.into_iter().zip(results) {
+            jobs[place].status = match (ok, kind) {
+                (true, _) => JobStatus::Done,
+                (false, JobKind::Open) => JobStatus::IcvMismatch,
+                (false, JobKind::Seal) => JobStatus::Failed,
+            };
+        }
+        lane = None;
+    }
+}

@@ -1,0 +1,279 @@
+//! One poll round of a worker: the stages in order, and the state they share.
+//!
+//! ```text
+//!   rx ─▶ parse ─┬▶ inbound: SAD ─▶ pre ─▶ engine ─▶ post ─▶ policy ─┬▶ route ─▶ tx
+//!                └▶ outbound: SPD ─▶ SA ─▶ pre ─▶ engine ─▶ post ────┘
+//! ```
+//!
+//! Packets whose SA another worker owns leave through the handover rings between look-up and pre. Every frame
+//! that a stage ends is counted in the ledger at that place.
+
+use std::sync::Arc;
+
+use pmd::engine::{EspEngine, EspJob};
+use pmd::{BURST, Frame, Pool};
+use sa_store::drops::{Consumed, DropReason};
+use sa_store::flow::{FlowKey, L4};
+use sa_store::ledger::WorkerCounters;
+use sa_store::runtime::TunnelIdx;
+use sa_store::sa::Vrf;
+use sa_store::snapshot::Snapshot;
+
+use super::egress::Ports;
+use super::handover::{Handed, Handover, Task};
+use super::inbound::Inbound;
+use super::outbound::Outbound;
+use super::setup::{PipelineConfig, PolicyHits, Side};
+use crate::wire::{self, Family, Frag, Kind, NattPorts, Parsed};
+
+/// A packet between stages: its frame starts at the IP header.
+#[derive(Debug)]
+pub(super) struct Pkt {
+    pub(super) frame: Frame,
+    pub(super) p: Parsed,
+    /// Port on which it came.
+    pub(super) port: u16,
+}
+
+/// Everything that stages share; each stage's own tables live in its module.
+pub(super) struct Shared {
+    pub(super) id: usize,
+    pub(super) config: Arc<PipelineConfig>,
+    pub(super) counters: Arc<WorkerCounters>,
+    pub(super) hits: Arc<PolicyHits>,
+    pub(super) pool: Pool,
+    pub(super) ports: Ports,
+    pub(super) handover: Handover,
+    pub(super) engine: Box<dyn EspEngine>,
+    pub(super) natt: NattPorts,
+    /// Gateway clock of this round, nanoseconds.
+    pub(super) now: u64,
+}
+
+impl Shared {
+    /// Ends a frame.
+    #[inline]
+    pub(super) fn drop(&mut self, frame: Frame, reason: DropReason) {
+        self.counters.drop(reason, 1);
+        self.pool.put(frame);
+    }
+
+    /// Ends a frame for a good reason.
+    #[inline]
+    pub(super) fn consume(&mut self, frame: Frame, kind: Consumed) {
+        self.counters.consume(kind);
+        self.pool.put(frame);
+    }
+
+    /// VRF of a port.
+    #[inline]
+    pub(super) fn vrf(&self, port: u16) -> Vrf {
+        self.config.ports.get(usize::from(port)).map_or(Vrf(0), |p| p.vrf)
+    }
+
+    /// Whether the packet is addressed to the gateway.
+    #[inline]
+    pub(super) fn is_local(&self, p: &Parsed, vrf: Vrf) -> bool {
+        self.config.locals.contains(vrf, dst_of(p))
+    }
+}
+
+/// Stages and lanes of one worker.
+pub(super) struct Core {
+    pub(super) shared: Shared,
+    pub(super) inbound: Inbound,
+    pub(super) outbound: Outbound,
+    rx: Vec<Frame>,
+    receiving: bool,
+}
+
+impl Core {
+    pub(super) fn new(shared: Shared) -> Self {
+        let inbound = Inbound::new(&shared.config);
+        let outbound = Outbound::new(&shared.config);
+        Self { shared, inbound, outbound, rx: Vec::with_capacity(BURST), receiving: true }
+    }
+
+    /// One round at gateway time `now`. Returns how many frames it moved: 0 means idle.
+    pub(super) fn round(&mut self, snapshot: &Snapshot, now: u64) -> usize {
+        self.shared.now = now;
+        let mut work = 0;
+        if self.receiving {
+            work += self.receive();
+        }
+        work += self.receive_handed();
+        work += self.inbound.run(&mut self.shared, snapshot, &mut self.outbound);
+        work += self.outbound.run(&mut self.shared, snapshot);
+        work += self.shared.ports.transmit(&mut self.shared.pool, &self.shared.counters);
+        self.flush_handover();
+        let held = self.shared.ports.backlog() + self.inbound.held();
+        self.shared.counters.waiting.set(held as u64);
+        work
+    }
+
+    /// Stops taking frames from ports; what is inside still goes through.
+    pub(super) fn stop_receiving(&mut self) {
+        self.receiving = false;
+    }
+
+    /// Whether nothing is inside: no backlog, nothing in an engine or in a ring to this worker.
+    pub(super) fn is_empty(&self) -> bool {
+        self.shared.ports.backlog() == 0 && self.shared.engine.in_flight() == 0 && !self.shared.handover.pending()
+    }
+
+    /// Gives every held frame back, counted as dropped at shutdown, and empties the ports.
+    pub(super) fn shut_down(&mut self) {
+        let shared = &mut self.shared;
+        self.inbound.abandon(shared);
+        shared.ports.abandon(&mut shared.pool, &shared.counters);
+        let mut late = Vec::new();
+        shared.handover.receive(usize::MAX, |h| late.push(h.frame));
+        shared.counters.handed_in.add(late.len() as u64);
+        for frame in late {
+            shared.drop(frame, DropReason::Shutdown);
+        }
+        shared.ports.close(&mut shared.pool);
+        shared.counters.waiting.set(0);
+    }
+
+    fn receive(&mut self) -> usize {
+        let mut got = 0;
+        for port in 0..self.shared.ports.len() {
+            let n = self.shared.ports.receive(port, &mut self.shared.pool, &mut self.rx);
+            if n == 0 {
+                continue;
+            }
+            got += n;
+            #[allow(clippy::cast_possible_truncation, reason = "ports are numbered by u16")]
+            self.sort(port as u16);
+        }
+        if got != 0 {
+            self.shared.counters.received.add(got as u64);
+        }
+        got
+    }
+
+    /// Parses what a port received and puts each packet into its lane.
+    fn sort(&mut self, port: u16) {
+        let Self { shared, inbound, outbound, rx, .. } = self;
+        let Some(setup) = shared.config.ports.get(usize::from(port)) else { return };
+        let (side, vlan) = (setup.side, setup.vlan.unwrap_or(0));
+        for frame in rx.iter().take(4) {
+            frame.prefetch();
+        }
+        let mut ahead = 4;
+        // Front to back without shifting: order within a flow is kept.
+        let frames: &mut Vec<Frame> = rx;
+        let total = frames.len();
+        let mut drain = frames.drain(..);
+        for _ in 0..total {
+            if let Some(next) = drain.as_slice().get(ahead) {
+                next.prefetch();
+            } else {
+                ahead = usize::MAX;
+            }
+            let Some(mut frame) = drain.next() else { break };
+            let p = match wire::parse(frame.data(), shared.natt) {
+                Ok(p) => p,
+                Err(reason) => {
+                    shared.drop(frame, reason);
+                    continue;
+                }
+            };
+            if p.vlan != vlan {
+                shared.drop(frame, DropReason::NotForUs);
+                continue;
+            }
+            if !frame.trim_front(usize::from(p.l2_len)) || matches!(p.kind, Kind::NotIp { .. }) {
+                shared.drop(frame, DropReason::NotForUs);
+                continue;
+            }
+            let padding = frame.len().saturating_sub(usize::from(p.l3_len));
+            if padding != 0 {
+                frame.trim_back(padding);
+            }
+            let pkt = Pkt { frame, p, port };
+            match (p.kind, side) {
+                (Kind::Esp { .. } | Kind::UdpEsp { .. }, _) => inbound.esp.push(pkt),
+                (Kind::Ip, Side::Inside) if p.frag == Frag::No => outbound.clear.push(pkt),
+                _ => inbound.other.push(pkt),
+            }
+        }
+    }
+
+    fn receive_handed(&mut self) -> usize {
+        let Self { shared, inbound, outbound, .. } = self;
+        let Shared { handover, ports, counters, pool, .. } = shared;
+        let got = handover.receive(BURST, |h: Handed| {
+            let Handed { frame, port, task } = h;
+            match task {
+                Task::Protect(p, tunnel) => outbound.protect.push((Pkt { frame, p, port }, tunnel)),
+                Task::Open(p) => inbound.esp.push(Pkt { frame, p, port }),
+                Task::Send(egress) => {
+                    if let Err((frame, reason)) = ports.queue(egress, frame) {
+                        counters.drop(reason, 1);
+                        pool.put(frame);
+                    }
+                }
+            }
+        });
+        if got != 0 {
+            shared.counters.handed_in.add(got as u64);
+        }
+        got
+    }
+
+    fn flush_handover(&mut self) {
+        let Shared { handover, pool, counters, .. } = &mut self.shared;
+        let sent = handover.flush(|frame| {
+            counters.drop(DropReason::HandoverFull, 1);
+            pool.put(frame);
+        });
+        if sent != 0 {
+            counters.handed_out.add(sent as u64);
+        }
+    }
+}
+
+/// Destination of a packet, IPv4 as IPv4-mapped.
+#[inline(always)]
+pub(super) fn dst_of(p: &Parsed) -> u128 {
+    mapped(p.family, p.dst)
+}
+
+/// Source of a packet, likewise.
+#[inline(always)]
+pub(super) fn src_of(p: &Parsed) -> u128 {
+    mapped(p.family, p.src)
+}
+
+#[inline(always)]
+fn mapped(family: Family, a: u128) -> u128 {
+    match family {
+        Family::V4 => a | 0xffff << 32,
+        Family::V6 => a,
+    }
+}
+
+/// The packet's selectors in its VRF.
+#[inline]
+pub(super) fn flow_key(p: &Parsed, vrf: Vrf) -> FlowKey {
+    let l4 = if p.frag == Frag::Later {
+        L4::Fragment
+    } else if let Some((src, dst)) = p.ports() {
+        L4::Ports { src, dst }
+    } else if let Some((kind, code)) = p.icmp() {
+        L4::Icmp { kind, code }
+    } else {
+        L4::None
+    };
+    #[allow(clippy::cast_possible_truncation, reason = "IPv4 addresses sit in the low 32 bits")]
+    let key = match p.family {
+        Family::V4 => FlowKey::v4((p.src as u32).into(), (p.dst as u32).into(), p.proto, l4),
+        Family::V6 => FlowKey::v6(p.src.into(), p.dst.into(), p.proto, l4),
+    };
+    key.with_vrf(vrf)
+}
+
+/// A tunnel that a packet is to be protected in.
+pub(super) type Protect = (Pkt, TunnelIdx);

@@ -1,0 +1,15 @@
+//! Workers: pinned threads that own queues and SAs and run packets to completion.
+
+mod core;
+mod egress;
+mod handover;
+mod idle;
+mod inbound;
+mod outbound;
+mod setup;
+mod thread;
+
+pub use handover::{Handed, Handover, Task, Waker};
+pub use idle::{Backoff, Idle, IdlePolicy};
+pub use setup::{Locals, PipelineConfig, PolicyHits, PortSetup, ReassemblyLimits, Side, WorkerParts};
+pub use thread::{Crew, Worker};

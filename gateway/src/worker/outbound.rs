@@ -1,0 +1,344 @@
+//! Towards the unprotected side: policy, SA, encapsulation; and the forwarding of what is already allowed.
+
+use pmd::BURST;
+use pmd::engine::{EspJob, JobKind, JobStatus};
+use pmd::Frame;
+use sa_store::drops::{Consumed, DropReason};
+use sa_store::flow::{FlowCache, FlowKey};
+use sa_store::ledger::Generated;
+use sa_store::runtime::{SaEntry, TunnelIdx};
+use sa_store::snapshot::Snapshot;
+use sa_store::spd::{Action, Verdict};
+
+use super::egress::{Egress, PortHop};
+use super::core::{Pkt, Protect, Shared, dst_of, flow_key};
+use super::handover::{Handed, Task};
+use super::setup::{PipelineConfig, PolicyHits, Side};
+use crate::esp::encap;
+use crate::esp::icmp::{self, IcmpError};
+use crate::esp::iv::CbcIvGen;
+use crate::esp::{fragment, mss};
+use crate::wire;
+
+/// The outbound half of a worker.
+pub(super) struct Outbound {
+    /// From inside: policy decides.
+    pub(super) clear: Vec<Pkt>,
+    /// Policy or a route has decided.
+    pub(super) protect: Vec<Protect>,
+    /// Allowed in the clear or decrypted: goes where the route says.
+    pub(super) forward: Vec<Pkt>,
+    keys: Vec<FlowKey>,
+    jobs: Vec<EspJob>,
+    done: Vec<EspJob>,
+    flows: FlowCache<Verdict>,
+    iv: CbcIvGen,
+    limiter: icmp::Limiter,
+    ip_id: u16,
+    pieces: Vec<Frame>,
+}
+
+impl Outbound {
+    pub(super) fn new(config: &PipelineConfig) -> Self {
+        Self {
+            clear: Vec::with_capacity(4 * BURST),
+            protect: Vec::with_capacity(4 * BURST),
+            forward: Vec::with_capacity(4 * BURST),
+            keys: Vec::with_capacity(4 * BURST),
+            jobs: Vec::with_capacity(4 * BURST),
+            done: Vec::with_capacity(4 * BURST),
+            flows: FlowCache::new(config.flow_entries),
+            iv: config.iv_seed.map_or_else(CbcIvGen::from_system, CbcIvGen::from_seed),
+            limiter: icmp::Limiter::default(),
+            ip_id: 0,
+            pieces: Vec::new(),
+        }
+    }
+
+    /// One round: returns how many packets it handled.
+    pub(super) fn run(&mut self, shared: &mut Shared, snapshot: &Snapshot) -> usize {
+        let mut work = self.forward.len() + self.clear.len() + self.protect.len();
+        if !self.forward.is_empty() {
+            self.forward(shared, snapshot);
+        }
+        if !self.clear.is_empty() {
+            self.decide(shared, snapshot);
+        }
+        if !self.protect.is_empty() {
+            self.encapsulate(shared, snapshot);
+        }
+        if !self.jobs.is_empty() {
+            shared.engine.submit(snapshot, &mut self.jobs, &mut self.done);
+            for job in self.jobs.drain(..) {
+                shared.drop(job.frame, DropReason::EngineBusy);
+            }
+        }
+        work += self.done.len();
+        self.finish(shared, snapshot);
+        work
+    }
+
+    /// Sends on what is already allowed: decrypted packets and bypassed ones from outside. Towards another
+    /// unprotected port they are subject to the outbound policy like any other packet.
+    fn forward(&mut self, shared: &mut Shared, snapshot: &Snapshot) {
+        let mut packets = std::mem::take(&mut self.forward);
+        for pkt in packets.drain(..) {
+            let vrf = shared.vrf(pkt.port);
+            match shared.ports.route(&snapshot.fib, vrf, dst_of(&pkt.p), hash_of(&pkt)) {
+                Egress::Port(hop) if shared.ports.side(hop) == Side::Outside => self.clear.push(pkt),
+                Egress::Port(hop) => self.send_clear(shared, pkt, hop),
+                Egress::Tunnel(tunnel) => self.protect.push((pkt, tunnel)),
+                Egress::Local => shared.drop(pkt.frame, DropReason::NotForUs),
+                Egress::Unresolved => shared.drop(pkt.frame, DropReason::NoNeighbour),
+                Egress::None => shared.drop(pkt.frame, DropReason::NoRoute),
+            }
+        }
+        self.forward = packets;
+    }
+
+    /// Looks the policies up for packets from inside.
+    fn decide(&mut self, shared: &mut Shared, snapshot: &Snapshot) {
+        self.keys.clear();
+        for pkt in &self.clear {
+            let key = flow_key(&pkt.p, shared.vrf(pkt.port));
+            self.flows.prefetch(&key);
+            self.keys.push(key);
+        }
+        let mut packets = std::mem::take(&mut self.clear);
+        let keys = std::mem::take(&mut self.keys);
+        for (pkt, key) in packets.drain(..).zip(&keys) {
+            let verdict = self.verdict(shared, snapshot, key, &pkt);
+            PolicyHits::hit(&shared.hits.out, verdict.policy.index());
+            match verdict.action {
+                Action::Protect { tunnel } => self.protect.push((pkt, tunnel)),
+                Action::Bypass => {
+                    let vrf = shared.vrf(pkt.port);
+                    shared.counters.bypassed.add(1);
+                    match shared.ports.route(&snapshot.fib, vrf, dst_of(&pkt.p), hash_of(&pkt)) {
+                        Egress::Port(hop) => self.send_clear(shared, pkt, hop),
+                        Egress::Tunnel(tunnel) => self.protect.push((pkt, tunnel)),
+                        Egress::Local => shared.drop(pkt.frame, DropReason::NotForUs),
+                        Egress::Unresolved => shared.drop(pkt.frame, DropReason::NoNeighbour),
+                        Egress::None => shared.drop(pkt.frame, DropReason::NoRoute),
+                    }
+                }
+                Action::Discard => shared.drop(pkt.frame, DropReason::PolicyDiscard),
+                Action::FragmentPolicy => shared.drop(pkt.frame, DropReason::FragmentPolicy),
+            }
+        }
+        self.clear = packets;
+        self.keys = keys;
+    }
+
+    /// The policy's answer; a route into a tunnel comes first, for it is the operator's word on this destination.
+    #[inline]
+    fn verdict(&mut self, shared: &mut Shared, snapshot: &Snapshot, key: &FlowKey, pkt: &Pkt) -> Verdict {
+        let spd = &snapshot.spd_out;
+        // Both only ever grow, so the sum changes whenever one of them does.
+        let generation = spd.generation(key).wrapping_add(snapshot.fib.generation());
+        if let Some(v) = self.flows.lookup(key, generation) {
+            shared.counters.flow_hits.add(1);
+            return v;
+        }
+        shared.counters.flow_misses.add(1);
+        let routed = shared.ports.route(&snapshot.fib, key.vrf(), dst_of(&pkt.p), hash_of(pkt));
+        let v = match routed {
+            Egress::Tunnel(tunnel) => Verdict { action: Action::Protect { tunnel }, ..Verdict::DEFAULT },
+            _ => spd.lookup(key),
+        };
+        self.flows.insert(key, generation, v);
+        v
+    }
+
+    /// Finds the sender of each tunnel and builds the outer packets.
+    fn encapsulate(&mut self, shared: &mut Shared, snapshot: &Snapshot) {
+        // Passes as in the inbound direction, so that the misses of a burst overlap.
+        for entry in self.protect.iter().filter_map(|(_, t)| snapshot.outbound(*t)) {
+            entry.prefetch_fixed();
+        }
+        for entry in self.protect.iter().filter_map(|(_, t)| snapshot.outbound(*t)) {
+            entry.prefetch_live();
+            entry.fixed.cipher.prefetch();
+        }
+        let mut packets = std::mem::take(&mut self.protect);
+        for (pkt, tunnel) in packets.drain(..) {
+            let Some(entry) = snapshot.outbound(tunnel) else {
+                shared.drop(pkt.frame, DropReason::NoOutboundSa);
+                continue;
+            };
+            let owner = usize::from(entry.fixed.owner);
+            if owner != shared.id {
+                let Pkt { frame, p, port } = pkt;
+                shared.handover.stage(owner, Handed { frame, port, task: Task::Protect(p, tunnel) });
+                continue;
+            }
+            self.protect_one(shared, snapshot, entry, pkt);
+        }
+        self.protect = packets;
+    }
+
+    #[inline]
+    fn protect_one(&mut self, shared: &mut Shared, snapshot: &Snapshot, entry: &SaEntry, mut pkt: Pkt) {
+        let Some(plan) = &entry.fixed.out else {
+            shared.drop(pkt.frame, DropReason::NoOutboundSa);
+            return;
+        };
+        let hop = match shared.ports.route(&snapshot.fib, entry.fixed.vrf, entry.fixed.dst, entry.fixed.spi) {
+            Egress::Port(hop) => hop,
+            Egress::Unresolved => {
+                shared.drop(pkt.frame, DropReason::NoNeighbour);
+                return;
+            }
+            // A tunnel whose outer packets are routed into a tunnel is a loop.
+            Egress::Tunnel(_) | Egress::Local | Egress::None => {
+                shared.drop(pkt.frame, DropReason::NoRoute);
+                return;
+            }
+        };
+        if plan.is_tunnel() {
+            if let Err(reason) = wire::decrement_ttl(pkt.frame.data_mut(), &pkt.p) {
+                self.answer(shared, &pkt, IcmpError::TimeExceeded);
+                shared.drop(pkt.frame, reason);
+                return;
+            }
+            pkt.p.ttl -= 1;
+        }
+        let mtu = plan.mtu(shared.ports.mtu(hop));
+        if plan.clamps_mss() && pkt.p.proto == wire::proto::TCP {
+            mss::clamp(pkt.frame.data_mut(), &pkt.p, plan.inner_mtu(mtu));
+        }
+        if !plan.fits(pkt.p.l3_len, mtu) && !plan.may_fragment(&pkt.p) {
+            self.answer(shared, &pkt, IcmpError::TooBig { mtu: plan.inner_mtu(mtu) });
+            shared.drop(pkt.frame, DropReason::TooBig);
+            return;
+        }
+        let seq = match entry.next_out(u64::from(pkt.p.l3_len), shared.now) {
+            Ok(seq) => seq,
+            Err(reason) => {
+                shared.drop(pkt.frame, reason);
+                return;
+            }
+        };
+        self.ip_id = self.ip_id.wrapping_add(1);
+        match encap::encap(&mut pkt.frame, &pkt.p, plan, seq, self.ip_id, &mut self.iv) {
+            Ok(sealed) => self.jobs.push(EspJob {
+                frame: pkt.frame,
+                sa: entry.fixed.id,
+                seq,
+                tag: hop.to_tag(),
+                esp_off: sealed.esp_off,
+                esp_end: sealed.esp_end,
+                kind: JobKind::Seal,
+                status: JobStatus::Pending,
+            }),
+            Err(reason) => {
+                entry.live.counters.malformed.add(1);
+                shared.drop(pkt.frame, reason);
+            }
+        }
+    }
+
+    /// Sends what came back sealed.
+    fn finish(&mut self, shared: &mut Shared, snapshot: &Snapshot) {
+        let mut done = std::mem::take(&mut self.done);
+        for job in done.drain(..) {
+            match job.status {
+                JobStatus::Done => {}
+                JobStatus::SaGone => {
+                    shared.drop(job.frame, DropReason::SaDisabled);
+                    continue;
+                }
+                _ => {
+                    if let Some(entry) = snapshot.sa(job.sa) {
+                        entry.live.counters.engine.add(1);
+                    }
+                    shared.drop(job.frame, DropReason::EngineError);
+                    continue;
+                }
+            }
+            shared.counters.encrypted.add(1);
+            self.send(shared, job.frame, PortHop::from_tag(job.tag));
+        }
+        self.done = done;
+    }
+
+    /// Sends a packet in the clear: hop limit, size, then out.
+    fn send_clear(&mut self, shared: &mut Shared, mut pkt: Pkt, hop: PortHop) {
+        if let Err(reason) = wire::decrement_ttl(pkt.frame.data_mut(), &pkt.p) {
+            self.answer(shared, &pkt, IcmpError::TimeExceeded);
+            shared.drop(pkt.frame, reason);
+            return;
+        }
+        let mtu = shared.ports.mtu(hop);
+        if pkt.p.l3_len > mtu && pkt.p.df() {
+            self.answer(shared, &pkt, IcmpError::TooBig { mtu });
+            shared.drop(pkt.frame, DropReason::TooBig);
+            return;
+        }
+        self.send(shared, pkt.frame, hop);
+    }
+
+    /// Gives an IP packet to its port, in fragments when it is larger than the port's MTU.
+    #[inline]
+    fn send(&mut self, shared: &mut Shared, frame: Frame, hop: PortHop) {
+        if frame.len() > usize::from(shared.ports.mtu(hop)) {
+            self.send_fragments(shared, frame, hop);
+            return;
+        }
+        if let Err((frame, reason)) = shared.ports.send(frame, hop, &mut shared.handover) {
+            shared.drop(frame, reason);
+        }
+    }
+
+    #[cold]
+    fn send_fragments(&mut self, shared: &mut Shared, frame: Frame, hop: PortHop) {
+        let mtu = usize::from(shared.ports.mtu(hop));
+        self.pieces.clear();
+        match fragment::split(&frame, mtu, self.ip_id, &mut shared.pool, &mut self.pieces) {
+            Ok(()) => {}
+            Err(reason) => {
+                shared.drop(frame, reason);
+                return;
+            }
+        }
+        shared.consume(frame, Consumed::Fragmented);
+        let mut pieces = std::mem::take(&mut self.pieces);
+        for piece in pieces.drain(..) {
+            shared.counters.generate(Generated::Fragment);
+            if let Err((frame, reason)) = shared.ports.send(piece, hop, &mut shared.handover) {
+                shared.drop(frame, reason);
+            }
+        }
+        self.pieces = pieces;
+    }
+
+    /// Answers with an ICMP error where RFC 1812 and RFC 4443 allow one, within the rate limit.
+    #[cold]
+    fn answer(&mut self, shared: &mut Shared, pkt: &Pkt, error: IcmpError) {
+        let vrf = shared.vrf(pkt.port);
+        let v6 = pkt.p.family == wire::Family::V6;
+        let Some(source) = shared.config.locals.any(vrf, v6) else { return };
+        if !self.limiter.allow(shared.now) {
+            return;
+        }
+        let Some(mut frame) = shared.pool.get_spare() else { return };
+        if !icmp::build(&mut frame, pkt.frame.data(), &pkt.p, error, source) {
+            shared.pool.put(frame);
+            return;
+        }
+        shared.counters.generate(Generated::Icmp);
+        match wire::parse_ip(frame.data(), shared.natt) {
+            Ok(p) => self.forward.push(Pkt { frame, p, port: pkt.port }),
+            Err(reason) => shared.drop(frame, reason),
+        }
+    }
+}
+
+/// Spreads flows over equal next hops.
+#[inline(always)]
+fn hash_of(pkt: &Pkt) -> u32 {
+    let p = &pkt.p;
+    #[allow(clippy::cast_possible_truncation, reason = "a hash")]
+    let mixed = (p.src ^ p.dst.rotate_left(17)) as u32 ^ u32::from(p.sport) << 16 ^ u32::from(p.dport);
+    mixed
+}

@@ -1,0 +1,150 @@
+//! What a worker is made of; assembled by [`crate::app`] before the worker's thread starts.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use hashbrown::HashSet;
+use pmd::engine::EspEngine;
+use pmd::port::MacAddr;
+use pmd::{Pool, PortQueue};
+use sa_store::counters::Counter;
+use sa_store::ledger::WorkerCounters;
+use sa_store::runtime::mapped;
+use sa_store::sa::Vrf;
+use sa_store::snapshot::Reader;
+
+use super::handover::Handover;
+use super::idle::IdlePolicy;
+
+/// On which side of the protection boundary a port lies, RFC 4301 section 3.1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Protected: what arrives goes through the outbound SPD.
+    Inside,
+    /// Unprotected: ESP, and clear text that the inbound SPD must allow.
+    Outside,
+}
+
+/// A port as the pipeline sees it.
+#[derive(Clone, Debug)]
+pub struct PortSetup {
+    /// Name, for logs.
+    pub name: String,
+    /// Side.
+    pub side: Side,
+    /// VRF of packets that arrive here.
+    pub vrf: Vrf,
+    /// VLAN that the port belongs to; frames with another tag are not ours.
+    pub vlan: Option<u16>,
+    /// Source address of what we send.
+    pub mac: MacAddr,
+    /// Largest IP packet to send, bytes.
+    pub mtu: u16,
+}
+
+/// The gateway's own addresses.
+#[derive(Clone, Debug, Default)]
+pub struct Locals(HashSet<(u16, u128)>);
+
+impl Locals {
+    /// From addresses with their VRF.
+    pub fn new(addresses: impl IntoIterator<Item = (Vrf, IpAddr)>) -> Self {
+        Self(addresses.into_iter().map(|(v, a)| (v.0, mapped(a))).collect())
+    }
+
+    /// Whether `addr` (IPv4 as IPv4-mapped) is ours in `vrf`.
+    #[inline]
+    pub fn contains(&self, vrf: Vrf, addr: u128) -> bool {
+        self.0.contains(&(vrf.0, addr))
+    }
+
+    /// Some own address of the family, for the source of ICMP errors.
+    pub fn any(&self, vrf: Vrf, v6: bool) -> Option<u128> {
+        let is_v6 = |a: u128| a >> 32 != 0xffff;
+        self.0.iter().filter(|(v, a)| *v == vrf.0 && is_v6(*a) == v6).map(|(_, a)| *a).min()
+    }
+}
+
+/// What to do with IP fragments of packets that are addressed to the gateway.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReassemblyLimits {
+    /// Fragments held at most, all packets together; 0 turns reassembly off.
+    pub fragments: usize,
+    /// Longest time to wait for the last fragment, nanoseconds.
+    pub timeout: u64,
+}
+
+impl Default for ReassemblyLimits {
+    fn default() -> Self {
+        Self { fragments: 1024, timeout: 2_000_000_000 }
+    }
+}
+
+/// Settings that all workers share.
+#[derive(Clone, Debug)]
+pub struct PipelineConfig {
+    /// Ports by number.
+    pub ports: Vec<PortSetup>,
+    /// Own addresses.
+    pub locals: Locals,
+    /// UDP port, beside 4500, on which NAT-T is expected.
+    pub natt_port: u16,
+    /// Fragments.
+    pub reassembly: ReassemblyLimits,
+    /// Idling.
+    pub idle: IdlePolicy,
+    /// Flow cache entries per worker.
+    pub flow_entries: usize,
+    /// Seed of the CBC IV generator, only for deterministic offline runs; `None`: from the system.
+    pub iv_seed: Option<u64>,
+}
+
+/// Parts of one worker.
+pub struct WorkerParts {
+    /// Number, from 0.
+    pub id: usize,
+    /// CPU to run on; `None`: wherever the system puts it.
+    pub cpu: Option<usize>,
+    /// Way to the snapshots.
+    pub reader: Reader,
+    /// Frames.
+    pub pool: Pool,
+    /// This worker's queue of each port, by port number. `None`: frames for the port go through another worker.
+    pub queues: Vec<Option<Box<dyn PortQueue>>>,
+    /// For each port, a worker that has a queue of it.
+    pub queue_owner: Vec<usize>,
+    /// Engine.
+    pub engine: Box<dyn EspEngine>,
+    /// Rings to and from the other workers.
+    pub handover: Handover,
+    /// Counters.
+    pub counters: Arc<WorkerCounters>,
+    /// Hits per policy number: outbound, inbound. Fixed length; larger numbers share the last place.
+    pub policy_hits: Arc<PolicyHits>,
+    /// Settings.
+    pub config: Arc<PipelineConfig>,
+}
+
+/// Hit counters of one worker by policy number.
+#[derive(Debug)]
+pub struct PolicyHits {
+    /// Outbound SPD.
+    pub out: Box<[Counter]>,
+    /// Inbound SPD.
+    pub inbound: Box<[Counter]>,
+}
+
+impl PolicyHits {
+    /// Room for `policies` in each direction.
+    pub fn new(policies: usize) -> Self {
+        let make = || (0..policies.max(1)).map(|_| Counter::default()).collect();
+        Self { out: make(), inbound: make() }
+    }
+
+    #[inline]
+    pub(crate) fn hit(counters: &[Counter], index: usize) {
+        if let Some(c) = counters.get(index).or_else(|| counters.last()) {
+            c.add(1);
+        }
+    }
+}

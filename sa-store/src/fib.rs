@@ -1,0 +1,526 @@
+//! Routes and next hops: longest prefix match per VRF, equal-cost paths, neighbours.
+//!
+//! ```text
+//!   (VRF, destination) ─▶ LC-trie ─▶ group of targets ─▶ neighbour (port, link address)
+//! ```
+//!
+//! A [`Fib`] is immutable and part of the snapshot. Link addresses are atomics in a table that tables of routes
+//! share, so that learning one needs no publication.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+
+use hashbrown::HashMap;
+use iptrie::{Ipv4LCTrieMap, Ipv4Prefix, Ipv4RTrieMap, Ipv6LCTrieMap, Ipv6Prefix, Ipv6RTrieMap};
+
+use crate::runtime::mapped;
+use crate::sa::Vrf;
+use crate::spd::TunnelIdx;
+
+/// Where a route leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RouteTo {
+    /// To a gateway on a port.
+    Via {
+        /// Port number.
+        port: u16,
+        /// Address of the next hop.
+        gateway: IpAddr,
+    },
+    /// Destinations are neighbours on the port.
+    OnLink {
+        /// Port number.
+        port: u16,
+    },
+    /// Into a route-based tunnel.
+    Tunnel(TunnelIdx),
+    /// To the gateway itself.
+    Local,
+    /// Nowhere.
+    Blackhole,
+}
+
+/// One route. Several with the same VRF and prefix share the load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Route {
+    /// VRF.
+    pub vrf: Vrf,
+    /// Destination; bits behind the prefix are ignored.
+    pub addr: IpAddr,
+    /// Prefix length.
+    pub len: u8,
+    /// Where it leads.
+    pub to: RouteTo,
+}
+
+/// Why routes were refused.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum FibError {
+    /// The prefix is longer than the address.
+    #[error("route to {addr}/{len}: the prefix is longer than the address")]
+    PrefixLength {
+        /// Destination.
+        addr: IpAddr,
+        /// Length given.
+        len: u8,
+    },
+}
+
+/// Number of a neighbour.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct HopIdx(pub u32);
+
+/// What a look-up answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hop {
+    /// Send on the neighbour's port to its link address.
+    Neighbour(HopIdx),
+    /// Into this tunnel.
+    Tunnel(TunnelIdx),
+    /// To the gateway itself.
+    Local,
+    /// A port, but no neighbour known for the destination.
+    Unresolved {
+        /// The port.
+        port: u16,
+    },
+    /// No route, or a black hole.
+    None,
+}
+
+const KNOWN: u64 = 1 << 48;
+
+/// A neighbour: where it is and its link address once known.
+#[derive(Debug)]
+struct Neighbour {
+    port: u16,
+    mac: AtomicU64,
+}
+
+/// All neighbours. Numbers stay valid for good.
+#[derive(Clone, Debug, Default)]
+pub struct Neighbours {
+    list: Vec<Arc<Neighbour>>,
+    by_addr: HashMap<(u16, u128), HopIdx, foldhash::fast::RandomState>,
+}
+
+impl Neighbours {
+    /// The neighbour's number, given on first mention. Its link address is unknown until [`learn`](Self::learn).
+    pub fn add(&mut self, port: u16, addr: IpAddr) -> HopIdx {
+        let key = (port, mapped(addr));
+        if let Some(hop) = self.by_addr.get(&key) {
+            return *hop;
+        }
+        let hop = HopIdx(u32::try_from(self.list.len()).unwrap_or(u32::MAX));
+        self.list.push(Arc::new(Neighbour {
+            port,
+            mac: AtomicU64::new(0),
+        }));
+        self.by_addr.insert(key, hop);
+        hop
+    }
+
+    /// Sets a link address. Seen by workers at once.
+    pub fn learn(&self, hop: HopIdx, mac: [u8; 6]) {
+        if let Some(n) = self.list.get(hop.0 as usize) {
+            let [a, b, c, d, e, f] = mac;
+            n.mac.store(
+                u64::from_be_bytes([0, 0, a, b, c, d, e, f]) | KNOWN,
+                Relaxed,
+            );
+        }
+    }
+
+    /// Forgets a link address.
+    pub fn forget(&self, hop: HopIdx) {
+        if let Some(n) = self.list.get(hop.0 as usize) {
+            n.mac.store(0, Relaxed);
+        }
+    }
+
+    /// The neighbour's number, if it was mentioned.
+    pub fn find(&self, port: u16, addr: IpAddr) -> Option<HopIdx> {
+        self.by_addr.get(&(port, mapped(addr))).copied()
+    }
+}
+
+/// What the trie holds: a range of [`Fib::targets`].
+#[derive(Clone, Copy, Debug, Default)]
+struct Group {
+    first: u32,
+    count: u32,
+}
+
+/// Routes of one VRF.
+struct Table {
+    v4: Ipv4LCTrieMap<Group>,
+    v6: Ipv6LCTrieMap<Group>,
+}
+
+/// Compiled routes.
+pub struct Fib {
+    vrfs: HashMap<Vrf, Table, rustc_hash::FxBuildHasher>,
+    targets: Vec<Target>,
+    routes: Vec<Route>,
+    neighbours: Neighbours,
+    generation: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Target {
+    Hop(HopIdx),
+    OnLink(u16),
+    Tunnel(TunnelIdx),
+    Local,
+    Blackhole,
+}
+
+/// Over all tables of the process: a cached answer can never be taken for one of a later table.
+static GENERATION: AtomicU32 = AtomicU32::new(0);
+
+impl Default for Fib {
+    fn default() -> Self {
+        Self {
+            vrfs: HashMap::default(),
+            targets: Vec::new(),
+            routes: Vec::new(),
+            neighbours: Neighbours::default(),
+            generation: next_generation(),
+        }
+    }
+}
+
+fn next_generation() -> u32 {
+    GENERATION.fetch_add(1, Relaxed).wrapping_add(1)
+}
+
+impl Fib {
+    /// Compiles routes. Gateways become neighbours if they are not yet.
+    ///
+    /// # Errors
+    /// See [`FibError`].
+    pub fn build(routes: &[Route], mut neighbours: Neighbours) -> Result<Self, FibError> {
+        let mut groups: BTreeMap<(Vrf, u128, u8, bool), Vec<Target>> = BTreeMap::new();
+        for r in routes {
+            let v6 = r.addr.is_ipv6();
+            let wide = if v6 { 128 } else { 32 };
+            if r.len > wide {
+                return Err(FibError::PrefixLength {
+                    addr: r.addr,
+                    len: r.len,
+                });
+            }
+            let bits = u32::from(wide - r.len);
+            let base = mapped(r.addr) & u128::MAX.checked_shl(bits).unwrap_or(0);
+            let target = match r.to {
+                RouteTo::Via { port, gateway } => Target::Hop(neighbours.add(port, gateway)),
+                RouteTo::OnLink { port } => Target::OnLink(port),
+                RouteTo::Tunnel(t) => Target::Tunnel(t),
+                RouteTo::Local => Target::Local,
+                RouteTo::Blackhole => Target::Blackhole,
+            };
+            groups
+                .entry((r.vrf, base, r.len, v6))
+                .or_default()
+                .push(target);
+        }
+        let mut targets = Vec::new();
+        let mut tables: BTreeMap<Vrf, (Ipv4RTrieMap<Group>, Ipv6RTrieMap<Group>)> = BTreeMap::new();
+        for ((vrf, base, len, v6), list) in groups {
+            let group = Group {
+                first: u32::try_from(targets.len()).unwrap_or(u32::MAX),
+                count: u32::try_from(list.len()).unwrap_or(u32::MAX),
+            };
+            targets.extend(list);
+            let (t4, t6) = tables.entry(vrf).or_insert_with(|| {
+                (
+                    Ipv4RTrieMap::with_root(Group::default()),
+                    Ipv6RTrieMap::with_root(Group::default()),
+                )
+            });
+            let bad = |_| FibError::PrefixLength {
+                addr: IpAddr::V6(base.into()),
+                len,
+            };
+            if v6 {
+                t6.insert(Ipv6Prefix::new(base.into(), len).map_err(bad)?, group);
+            } else {
+                t4.insert(
+                    Ipv4Prefix::new(low32(base).into(), len).map_err(bad)?,
+                    group,
+                );
+            }
+        }
+        let vrfs = tables
+            .into_iter()
+            .map(|(vrf, (v4, v6))| {
+                (
+                    vrf,
+                    Table {
+                        v4: v4.compress(),
+                        v6: v6.compress(),
+                    },
+                )
+            })
+            .collect();
+        Ok(Self {
+            vrfs,
+            targets,
+            routes: routes.to_vec(),
+            neighbours,
+            generation: next_generation(),
+        })
+    }
+
+    /// Where a packet to `dst` (IPv4 as IPv4-mapped) goes. `hash` chooses among equal paths.
+    pub fn lookup(&self, vrf: Vrf, dst: u128, hash: u32) -> Hop {
+        let Some(table) = self.vrfs.get(&vrf) else {
+            return Hop::None;
+        };
+        let group = if dst >> 32 == 0xffff {
+            let addr: std::net::Ipv4Addr = low32(dst).into();
+            *table.v4.lookup(&addr).1
+        } else {
+            let addr: std::net::Ipv6Addr = dst.into();
+            *table.v6.lookup(&addr).1
+        };
+        if group.count == 0 {
+            return Hop::None;
+        }
+        // Multiply-shift: even for any count.
+        let pick = (u64::from(hash.wrapping_mul(0x9e37_79b1)) * u64::from(group.count)) >> 32;
+        let index = u64::from(group.first) + pick;
+        let target = usize::try_from(index)
+            .ok()
+            .and_then(|i| self.targets.get(i));
+        match target {
+            Some(Target::Hop(hop)) => Hop::Neighbour(*hop),
+            Some(Target::OnLink(port)) => match self.neighbours.by_addr.get(&(*port, dst)) {
+                Some(hop) => Hop::Neighbour(*hop),
+                None => Hop::Unresolved { port: *port },
+            },
+            Some(Target::Tunnel(t)) => Hop::Tunnel(*t),
+            Some(Target::Local) => Hop::Local,
+            Some(Target::Blackhole) | None => Hop::None,
+        }
+    }
+
+    /// Port of a neighbour.
+    #[inline]
+    pub fn port(&self, hop: HopIdx) -> Option<u16> {
+        self.neighbours.list.get(hop.0 as usize).map(|n| n.port)
+    }
+
+    /// Link address of a neighbour, when known.
+    #[inline]
+    pub fn mac(&self, hop: HopIdx) -> Option<[u8; 6]> {
+        let mac = self.neighbours.list.get(hop.0 as usize)?.mac.load(Relaxed);
+        let [_, _, a, b, c, d, e, f] = mac.to_be_bytes();
+        (mac & KNOWN != 0).then_some([a, b, c, d, e, f])
+    }
+
+    /// Changes with every table; never reused.
+    #[inline]
+    pub fn generation(&self) -> u32 {
+        self.generation
+    }
+
+    /// The neighbours, to build the next table with.
+    pub fn neighbours(&self) -> &Neighbours {
+        &self.neighbours
+    }
+
+    /// The routes as they were given.
+    pub fn routes(&self) -> &[Route] {
+        &self.routes
+    }
+}
+
+impl std::fmt::Debug for Fib {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Fib")
+            .field("routes", &self.routes.len())
+            .field("generation", &self.generation)
+            .finish_non_exhaustive()
+    }
+}
+
+fn low32(a: u128) -> u32 {
+    #[allow(
+        clippy::cast_possible_truncation,
+        reason = "the low half of an IPv4-mapped address"
+    )]
+    let low = a as u32;
+    low
+}
+
+/// A worker's cache of look-ups, direct-mapped; void when the table changes.
+#[derive(Debug)]
+pub struct RouteCache {
+    slots: Box<[(u128, u32, Vrf, Hop)]>,
+}
+
+const CACHE: usize = 4096;
+
+impl Default for RouteCache {
+    fn default() -> Self {
+        Self {
+            slots: vec![(0, 0, Vrf(0), Hop::None); CACHE].into_boxed_slice(),
+        }
+    }
+}
+
+impl RouteCache {
+    /// As [`Fib::lookup`]. Destinations with several equal paths keep the path of whoever came first, which
+    /// moves no flow to another path while the table stays the same.
+    #[inline]
+    pub fn lookup(&mut self, fib: &Fib, vrf: Vrf, dst: u128, hash: u32) -> Hop {
+        #[allow(clippy::cast_possible_truncation, reason = "folding a hash")]
+        let folded = (dst as u64 ^ (dst >> 64) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
+        #[allow(clippy::cast_possible_truncation, reason = "12 bits")]
+        let slot = &mut self.slots[folded as usize & (CACHE - 1)];
+        if slot.0 == dst && slot.1 == fib.generation && slot.2 == vrf {
+            return slot.3;
+        }
+        let hop = fib.lookup(vrf, dst, hash);
+        *slot = (dst, fib.generation, vrf, hop);
+        hop
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn route(to: &str, len: u8, via: RouteTo) -> Route {
+        Route {
+            vrf: Vrf(0),
+            addr: to.parse().unwrap(),
+            len,
+            to: via,
+        }
+    }
+
+    fn at(s: &str) -> u128 {
+        mapped(s.parse().unwrap())
+    }
+
+    #[test]
+    fn the_longest_prefix_decides_in_both_families() {
+        let fib = Fib::build(
+            &[
+                route("0.0.0.0", 0, RouteTo::Blackhole),
+                route(
+                    "10.0.0.0",
+                    8,
+                    RouteTo::Via {
+                        port: 1,
+                        gateway: "192.0.2.1".parse().unwrap(),
+                    },
+                ),
+                route("10.1.0.0", 16, RouteTo::Local),
+                route("2001:db8::", 32, RouteTo::Tunnel(TunnelIdx(7))),
+            ],
+            Neighbours::default(),
+        )
+        .unwrap();
+        assert_eq!(fib.lookup(Vrf(0), at("10.1.2.3"), 0), Hop::Local);
+        let Hop::Neighbour(hop) = fib.lookup(Vrf(0), at("10.2.2.3"), 0) else {
+            panic!()
+        };
+        assert_eq!((fib.port(hop), fib.mac(hop)), (Some(1), None));
+        fib.neighbours().learn(hop, [2, 0, 0, 0, 0, 9]);
+        assert_eq!(fib.mac(hop), Some([2, 0, 0, 0, 0, 9]));
+        assert_eq!(fib.lookup(Vrf(0), at("11.0.0.1"), 0), Hop::None);
+        assert_eq!(
+            fib.lookup(Vrf(0), at("2001:db8::1"), 0),
+            Hop::Tunnel(TunnelIdx(7))
+        );
+        assert_eq!(fib.lookup(Vrf(0), at("2001:db9::1"), 0), Hop::None);
+        assert_eq!(fib.lookup(Vrf(5), at("10.1.2.3"), 0), Hop::None);
+    }
+
+    #[test]
+    fn on_link_destinations_are_their_own_next_hop() {
+        let mut n = Neighbours::default();
+        let hop = n.add(3, "192.0.2.9".parse().unwrap());
+        let fib = Fib::build(&[route("192.0.2.0", 24, RouteTo::OnLink { port: 3 })], n).unwrap();
+        assert_eq!(fib.lookup(Vrf(0), at("192.0.2.9"), 0), Hop::Neighbour(hop));
+        assert_eq!(
+            fib.lookup(Vrf(0), at("192.0.2.10"), 0),
+            Hop::Unresolved { port: 3 }
+        );
+    }
+
+    #[test]
+    fn equal_paths_are_all_used_and_each_flow_keeps_its_own() {
+        let via = |i: u8| RouteTo::Via {
+            port: u16::from(i),
+            gateway: format!("192.0.2.{i}").parse().unwrap(),
+        };
+        let fib = Fib::build(
+            &[1, 2, 3].map(|i| route("10.0.0.0", 8, via(i))),
+            Neighbours::default(),
+        )
+        .unwrap();
+        let mut seen = [0; 4];
+        for hash in 0..3000_u32 {
+            let Hop::Neighbour(hop) = fib.lookup(Vrf(0), at("10.0.0.1"), hash) else {
+                panic!()
+            };
+            assert_eq!(
+                fib.lookup(Vrf(0), at("10.0.0.1"), hash),
+                Hop::Neighbour(hop)
+            );
+            seen[usize::from(fib.port(hop).unwrap())] += 1;
+        }
+        assert!(
+            seen[1..].iter().all(|n| (700..1300).contains(n)),
+            "{seen:?}"
+        );
+    }
+
+    #[test]
+    fn a_cached_answer_does_not_outlive_its_table() {
+        let mut cache = RouteCache::default();
+        let a = Fib::build(
+            &[route("10.0.0.0", 8, RouteTo::Local)],
+            Neighbours::default(),
+        )
+        .unwrap();
+        assert_eq!(cache.lookup(&a, Vrf(0), at("10.0.0.1"), 0), Hop::Local);
+        let b = Fib::build(&[], Neighbours::default()).unwrap();
+        assert_eq!(cache.lookup(&b, Vrf(0), at("10.0.0.1"), 0), Hop::None);
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_a_scan_over_all_routes(
+            list in prop::collection::vec((any::<u32>(), 0_u8..=32, 0_u32..50), 0..60),
+            probes in prop::collection::vec((any::<u32>(), any::<prop::sample::Index>(), 0_u32..256), 1..60),
+        ) {
+            let mask = |len: u8| u32::MAX.checked_shl(32 - u32::from(len)).unwrap_or(0);
+            let mut routes: Vec<Route> = Vec::new();
+            for (addr, len, t) in &list {
+                let base = addr & mask(*len);
+                if !routes.iter().any(|r| r.len == *len && r.addr == IpAddr::V4(base.into())) {
+                    routes.push(Route { vrf: Vrf(0), addr: IpAddr::V4(base.into()), len: *len, to: RouteTo::Tunnel(TunnelIdx(*t)) });
+                }
+            }
+            let fib = Fib::build(&routes, Neighbours::default()).unwrap();
+            for (random, pick, low) in probes {
+                let dst = if routes.is_empty() { random } else {
+                    match routes[pick.index(routes.len())].addr { IpAddr::V4(a) => u32::from(a) ^ low, IpAddr::V6(_) => unreachable!() }
+                };
+                let want = routes.iter().filter(|r| match r.addr {
+                    IpAddr::V4(a) => (u32::from(a) ^ dst) & mask(r.len) == 0,
+                    IpAddr::V6(_) => false,
+                }).max_by_key(|r| r.len).map_or(Hop::None, |r| match r.to { RouteTo::Tunnel(t) => Hop::Tunnel(t), _ => unreachable!() });
+                prop_assert_eq!(fib.lookup(Vrf(0), mapped(IpAddr::V4(dst.into())), 0), want);
+            }
+        }
+    }
+}
