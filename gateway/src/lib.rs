@@ -3,4 +3,5 @@
 #![forbid(unsafe_code)]
 
 pub mod crypto;
+pub mod esp;
 pub mod wire;
