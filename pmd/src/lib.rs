@@ -4,11 +4,13 @@
 //! one of them; a [`pool::Pool`] is a worker's private stock; a [`port::PortQueue`] moves frames in bursts. A frame has one
 //! owner at a time (a pool, a worker, a ring, a device), so nothing here ever copies or locks per packet.
 
+pub mod af_xdp;
 pub mod arena;
 pub mod capture_file;
 pub mod engine;
 pub mod frame;
 pub mod memory;
+mod netif;
 pub mod pcap;
 pub mod pool;
 pub mod port;
