@@ -14,6 +14,7 @@ mod netif;
 pub mod pcap;
 pub mod pool;
 pub mod port;
+pub mod tap;
 
 pub use arena::{Arena, ArenaConfig, ArenaError, HugePolicy};
 pub use frame::{Frame, RawFrame};
