@@ -8,6 +8,7 @@ pub mod af_xdp;
 pub mod arena;
 pub mod capture_file;
 pub mod engine;
+pub mod fault;
 pub mod frame;
 pub mod memory;
 mod netif;

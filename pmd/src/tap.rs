@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
@@ -203,8 +203,8 @@ impl PortQueue for TapQueue {
         taken
     }
 
-    fn wait_fd(&self) -> Option<RawFd> {
-        Some(self.file.as_raw_fd())
+    fn wait_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
     }
 
     fn stats(&self) -> &Arc<PortQueueStats> {

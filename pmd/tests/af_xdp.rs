@@ -487,10 +487,8 @@ fn the_socket_wakes_a_sleeper() {
         return;
     }
     let mut bed = bed(AfXdpConfig::default(), 2048, 1);
-    let fd = bed.queues[0].wait_fd().unwrap();
-    // SAFETY: the queue holds the descriptor open for the whole test.
-    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
-    let readable = |limit: u8| {
+    let readable = |bed: &Bed, limit: u8| {
+        let fd = bed.queues[0].wait_fd().unwrap();
         let mut fds = [nix::poll::PollFd::new(fd, nix::poll::PollFlags::POLLIN)];
         nix::poll::poll(&mut fds, limit).unwrap();
         fds[0]
@@ -498,9 +496,9 @@ fn the_socket_wakes_a_sleeper() {
             .is_some_and(|e| e.contains(nix::poll::PollFlags::POLLIN))
     };
     bed.queues[0].arm();
-    assert!(!readable(50));
+    assert!(!readable(&bed, 50));
     bed.peer.send(&v4(50, &esp()));
-    assert!(readable(250));
+    assert!(readable(&bed, 250));
     bed.end();
 }
 

@@ -1,6 +1,6 @@
 //! One AF_XDP socket as a queue pair.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -248,8 +248,8 @@ impl PortQueue for AfXdpQueue {
         }
     }
 
-    fn wait_fd(&self) -> Option<RawFd> {
-        self.socket_fd()
+    fn wait_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.socket.as_ref().map(|(s, _)| s.fd.as_fd())
     }
 
     /// Nothing to enable: the socket is readable while its receive ring is not empty.
