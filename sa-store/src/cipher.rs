@@ -42,6 +42,27 @@ pub trait SaCipher: Send + Sync + 'static {
     fn open(&self, jobs: &mut [CipherJob<'_>]);
     /// For providers that need the concrete context of a mixed batch.
     fn as_any(&self) -> &dyn Any;
+    /// The same for providers whose context is one block of bytes: cheaper than [`as_any`](Self::as_any),
+    /// as no type is compared. Empty for all others.
+    fn key_block(&self) -> KeyBlock<'_> {
+        KeyBlock::default()
+    }
+}
+
+/// The bytes of an expanded key. It has no `Debug`, like everything that holds keys.
+#[derive(Clone, Copy, Default)]
+pub struct KeyBlock<'a>(&'a [u8]);
+
+impl<'a> KeyBlock<'a> {
+    /// Wraps `bytes`.
+    pub const fn new(bytes: &'a [u8]) -> Self {
+        Self(bytes)
+    }
+
+    /// The bytes, for the provider that made them.
+    pub const fn expose(self) -> &'a [u8] {
+        self.0
+    }
 }
 
 /// Why a provider did not make a context.

@@ -1,10 +1,11 @@
 //! The C side. Every `unsafe` of the crate is here.
 //!
 //! Rules that the functions rely on:
-//! - a context was filled by its `expand`, which writes inside it only, or is all zeros;
+//! - a context of the scheduler was filled by its `expand`, which writes inside it only, or is all zeros; a context
+//!   for GCM may hold any bytes: the shim checks the three that steer it, the rest is data to the library;
 //! - a job borrows its context shared and its packet uniquely until the call returns;
-//! - `esp_mb_start` has run: a context can be expanded only with a `Library`, and a zero context has tag or ICV
-//!   length 0 and kind 0, which the shim refuses before it calls the library.
+//! - `esp_mb_start` has run: a context can be expanded only with a `Library`, and the shim refuses one that is all
+//!   zeros, or any GCM context before the start, before it calls the library.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -47,6 +48,7 @@ unsafe extern "C" {
     );
     fn esp_mb_gcm_seal(jobs: *const Job, n: u32) -> u64;
     fn esp_mb_gcm_open(jobs: *const Job, n: u32) -> u64;
+    fn esp_mb_gcm_one(ctx: *const u8, esp: *mut u8, len: u32, seq_hi: u32, seal: i32) -> u64;
     fn esp_mb_gcm_tag_len(ctx: *const GcmContext) -> u8;
     fn esp_mb_gcm_raw(
         ctx: *const GcmContext,
@@ -105,6 +107,11 @@ impl GcmContext {
         Self([0; 64 * GCM_LINES])
     }
 
+    #[inline]
+    pub(crate) const fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
     /// `key` is 16, 24 or 32 bytes, as `kind` says.
     pub(crate) fn expand(&mut self, key: &[u8], salt: [u8; 4], kind: u8, tag_len: u8, esn: bool) {
         assert_eq!(key.len(), 16 + 8 * usize::from(kind % 3));
@@ -159,6 +166,31 @@ impl Drop for GcmContext {
     fn drop(&mut self) {
         self.0.zeroize();
     }
+}
+
+/// Any bytes as a context: those of the wrong size or alignment are replaced by one that refuses, and the shim
+/// checks the fields that steer it.
+#[inline]
+fn context(block: &[u8]) -> *const u8 {
+    static REFUSES: GcmContext = GcmContext::zeroed();
+    let aligned = block
+        .as_ptr()
+        .addr()
+        .is_multiple_of(align_of::<GcmContext>());
+    if aligned && block.len() == size_of::<GcmContext>() {
+        block.as_ptr()
+    } else {
+        REFUSES.0.as_ptr()
+    }
+}
+
+/// One packet, without a run.
+#[inline]
+pub(crate) fn gcm_one(block: &[u8], esp: &mut [u8], seq_hi: u32, seal: bool) -> bool {
+    let ctx = context(block);
+    let len = u16::try_from(esp.len()).map_or(0, u32::from);
+    // SAFETY: as for a run: a live context of any bytes, a packet borrowed uniquely, a length within it.
+    unsafe { esp_mb_gcm_one(ctx, esp.as_mut_ptr(), len, seq_hi, i32::from(seal)) == 1 }
 }
 
 /// The small fields of `struct esp_chain`, in its order.
@@ -246,14 +278,22 @@ impl<'a, C> Run<'a, C> {
 
     #[inline]
     pub(crate) fn push(&mut self, ctx: &'a C, esp: &'a mut [u8], seq_hi: u32) -> bool {
+        let ctx = std::ptr::from_ref(ctx).cast();
+        // The shim refuses length 0.
+        let len = u16::try_from(esp.len()).map_or(0, u32::from);
+        self.add(ctx, esp, len, seq_hi)
+    }
+
+    /// `ctx` is to a live context.
+    #[inline]
+    fn add(&mut self, ctx: *const u8, esp: &'a mut [u8], len: u32, seq_hi: u32) -> bool {
         let Some(slot) = self.jobs.get_mut(self.n) else {
             return false;
         };
         slot.write(Job {
-            ctx: std::ptr::from_ref(ctx).cast(),
+            ctx,
             esp: esp.as_mut_ptr(),
-            // The shim refuses length 0.
-            len: u16::try_from(esp.len()).map_or(0, u32::from),
+            len,
             seq_hi,
         });
         self.n += 1;
@@ -268,7 +308,14 @@ impl<'a, C> Run<'a, C> {
     }
 }
 
-impl Run<'_, GcmContext> {
+impl<'a> Run<'a, GcmContext> {
+    /// Takes any bytes, see [`context`].
+    #[inline]
+    pub(crate) fn push_block(&mut self, block: &'a [u8], esp: &'a mut [u8], seq_hi: u32) -> bool {
+        let len = u16::try_from(esp.len()).map_or(0, u32::from);
+        self.add(context(block), esp, len, seq_hi)
+    }
+
     #[inline]
     pub(crate) fn gcm_seal(&mut self) -> u64 {
         let (jobs, n) = self.take();

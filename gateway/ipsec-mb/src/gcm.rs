@@ -82,6 +82,12 @@ impl Context {
         self.0.prefetch();
     }
 
+    /// The context as bytes, for [`Batch::push_block`]. They are key material.
+    #[inline]
+    pub const fn block(&self) -> &[u8] {
+        self.0.bytes()
+    }
+
     /// The bare AEAD in place, with the context's tag length: returns the tag over any associated data.
     /// For test vectors; packets go through [`Batch`].
     #[doc(hidden)]
@@ -107,6 +113,13 @@ impl<'a> Batch<'a> {
         self.0.push(&ctx.0, esp, seq_hi)
     }
 
+    /// Adds a packet with the context that [`Context::block`] gave. Bytes of another size or alignment, or
+    /// that no context has, make the packet refused. False when the batch is full.
+    #[inline]
+    pub fn push_block(&mut self, block: &'a [u8], esp: &'a mut [u8], seq_hi: u32) -> bool {
+        self.0.push_block(block, esp, seq_hi)
+    }
+
     /// Encrypts and authenticates; bit `i` is set if packet `i` was long enough.
     #[inline]
     pub fn seal(&mut self) -> u64 {
@@ -124,4 +137,16 @@ impl Default for Batch<'_> {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// Seals one packet as [`Batch::push_block`] and [`Batch::seal`] would, with less ado.
+#[inline]
+pub fn seal_one(block: &[u8], esp: &mut [u8], seq_hi: u32) -> bool {
+    ffi::gcm_one(block, esp, seq_hi, true)
+}
+
+/// Opens one packet as [`Batch::push_block`] and [`Batch::open`] would, with less ado.
+#[inline]
+pub fn open_one(block: &[u8], esp: &mut [u8], seq_hi: u32) -> bool {
+    ffi::gcm_one(block, esp, seq_hi, false)
 }

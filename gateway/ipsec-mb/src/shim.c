@@ -196,62 +196,88 @@ static inline void gcm(const aes_gcm_enc_dec_t f, const struct esp_gcm *c, const
         }
 }
 
-static inline void fetch_next(const struct esp_job *jobs, unsigned i, unsigned n)
+/* Contexts may hold any bytes, so what steers the code is checked: started, kind known, tag 8, 12 or 16, fits. */
+static inline int gcm_usable(const struct esp_gcm *c, const struct esp_job *j)
 {
-        if (i + 1 < n) {
-                const struct esp_job *next = &jobs[i + 1];
+        return c->kind < 6 && c->tag_len < 32 && ((UINT32_C(0x11100) >> c->tag_len) & 1) != 0 &&
+               j->len >= 16u + c->tag_len && mb.seal[0] != NULL;
+}
 
-                fetch_key(next->ctx, next->len);
-                _mm_prefetch((const char *) next->esp, _MM_HINT_T0);
-                _mm_prefetch((const char *) next->esp + 64, _MM_HINT_T0);
-        }
+/* Jobs ahead whose memory is asked for: about the latency of DRAM in small packets. */
+#define AHEAD 3
+
+static inline void fetch_job(const struct esp_job *j)
+{
+        fetch_key(j->ctx, j->len);
+        _mm_prefetch((const char *) j->esp, _MM_HINT_T0);
+        _mm_prefetch((const char *) j->esp + 64, _MM_HINT_T0);
+}
+
+static inline uint64_t gcm_seal_one(const struct esp_job *j)
+{
+        struct gcm_context_data s;
+        const struct esp_gcm *c = j->ctx;
+        uint8_t *tag;
+
+        if (!gcm_usable(c, j))
+                return 0;
+        tag = j->esp + j->len - c->tag_len;
+        if (c->kind < 3)
+                gcm(mb.seal[c->kind], c, j, &s, tag);
+        else
+                gmac(c, j, tag);
+        return 1;
+}
+
+static inline uint64_t gcm_open_one(const struct esp_job *j)
+{
+        struct gcm_context_data s;
+        const struct esp_gcm *c = j->ctx;
+        uint8_t tag[16];
+
+        if (!gcm_usable(c, j))
+                return 0;
+        if (c->kind < 3)
+                gcm(mb.open[c->kind], c, j, &s, tag);
+        else
+                gmac(c, j, tag);
+        return (uint64_t) same_tag(tag, j->esp + j->len - c->tag_len, c->tag_len);
 }
 
 uint64_t esp_mb_gcm_seal(const struct esp_job *jobs, unsigned n)
 {
-        struct gcm_context_data s;
         uint64_t ok = 0;
 
+        for (unsigned i = 1; i < n && i < AHEAD; i++)
+                fetch_job(&jobs[i]);
         for (unsigned i = 0; i < n; i++) {
-                const struct esp_job *j = &jobs[i];
-                const struct esp_gcm *c = j->ctx;
-                uint8_t *tag;
-
-                fetch_next(jobs, i, n);
-                if (c->tag_len == 0 || j->len < 16u + c->tag_len)
-                        continue;
-                tag = j->esp + j->len - c->tag_len;
-                if (c->kind < 3)
-                        gcm(mb.seal[c->kind], c, j, &s, tag);
-                else
-                        gmac(c, j, tag);
-                ok |= UINT64_C(1) << i;
+                if (i + AHEAD < n)
+                        fetch_job(&jobs[i + AHEAD]);
+                ok |= gcm_seal_one(&jobs[i]) << i;
         }
         return ok;
 }
 
 uint64_t esp_mb_gcm_open(const struct esp_job *jobs, unsigned n)
 {
-        struct gcm_context_data s;
         uint64_t ok = 0;
 
+        for (unsigned i = 1; i < n && i < AHEAD; i++)
+                fetch_job(&jobs[i]);
         for (unsigned i = 0; i < n; i++) {
-                const struct esp_job *j = &jobs[i];
-                const struct esp_gcm *c = j->ctx;
-                uint8_t tag[16];
-                uint64_t right;
-
-                fetch_next(jobs, i, n);
-                if (c->tag_len == 0 || j->len < 16u + c->tag_len)
-                        continue;
-                if (c->kind < 3)
-                        gcm(mb.open[c->kind], c, j, &s, tag);
-                else
-                        gmac(c, j, tag);
-                right = (uint64_t) same_tag(tag, j->esp + j->len - c->tag_len, c->tag_len);
-                ok |= right << i;
+                if (i + AHEAD < n)
+                        fetch_job(&jobs[i + AHEAD]);
+                ok |= gcm_open_one(&jobs[i]) << i;
         }
         return ok;
+}
+
+/* A run of one, in registers. */
+uint64_t esp_mb_gcm_one(const void *ctx, uint8_t *esp, uint32_t len, uint32_t seq_hi, int seal)
+{
+        const struct esp_job j = {ctx, esp, len, seq_hi};
+
+        return seal ? gcm_seal_one(&j) : gcm_open_one(&j);
 }
 
 /* The bare AEAD, for test vectors whose associated data no ESP packet carries. */

@@ -8,6 +8,8 @@ pub mod awslc;
 pub mod differential;
 mod each;
 pub mod ipsecmb;
+#[doc(hidden)]
+pub mod measure;
 mod packet;
 mod provider;
 pub mod ring_provider;
