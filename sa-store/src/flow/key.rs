@@ -57,7 +57,9 @@ pub(crate) const fn is_icmp(proto: u8) -> bool {
 /// Six words, so that comparing, hashing and masking need no branch on a field:
 /// `[0]` protocol, class, family, VRF and ports; `[1]` interface id;
 /// `[2]` both IPv4 addresses, or `[2..4]` IPv6 source and `[4..6]` IPv6 destination.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+///
+/// The default key is that of no packet that was parsed: IPv4, all zeros.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct FlowKey([u64; 6]);
 
 const PROTO_SHIFT: u32 = 56;

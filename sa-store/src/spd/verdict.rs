@@ -47,6 +47,12 @@ pub struct Verdict {
     pub policy: PolicyIdx,
 }
 
+impl Default for Verdict {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
+}
+
 impl Verdict {
     /// No policy matched.
     pub const DEFAULT: Self = Self {
