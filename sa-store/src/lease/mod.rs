@@ -1,0 +1,36 @@
+//! Durable sequence leases: what keeps a number from being used twice under one key across crashes and
+//! power cuts, and keeps a replay from being accepted after them.
+//!
+//! **Outbound.** A block of sequence numbers is on disk before its first number is used. After a crash
+//! sending resumes at the end of the block, so at most a block of numbers is skipped; none is repeated.
+//!
+//! **Inbound.** An *edge* is on disk, ahead of the highest number accepted, and nothing above it is
+//! accepted until a higher edge is on disk. After a crash everything up to the edge counts as seen. So no
+//! replay is ever accepted, and what the peer sends next is lost until it passes the edge: at most a
+//! block, which [`policy::Blocks::INBOUND`] keeps to about a second of traffic. As the peer goes on sending while
+//! the gateway restarts, little of that remains. The edge is a 64-bit number, so ESN needs no guess.
+//!
+//! A clean stop writes the exact numbers: nothing is skipped or lost.
+//!
+//! # What the store relies on
+//! * A synced write is durable, and a write torn by a power cut damages nothing but the 4 KiB blocks that
+//!   were being written. State is kept in 4 KiB pages of two copies each; a commit writes the older copy.
+//! * Nobody copies the store, restores an old one or rolls back the machine that holds it: like every
+//!   counter on a disk it would count again from there. That is the operator's duty.
+//!
+//! Records are found by a keyed hash of the key material, not by SPI or name: renaming an SA or giving it
+//! another SPI, ICV length or ESN setting does not start its numbers anew. A key without a record is
+//! refused unless the operator says `first_use`.
+
+mod media;
+mod page;
+pub mod policy;
+mod store;
+mod writer;
+
+pub use media::{DiskMedia, Media};
+pub use store::{KeyId, LeaseError, LeaseHandle, LeaseStore, Resume, Update};
+pub use writer::{Lease, LeaseWriter, OnFailure, Release};
+
+#[cfg(test)]
+mod tests;
