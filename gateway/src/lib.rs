@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod config;
 pub mod crypto;
 pub mod esp;
 pub mod wire;
