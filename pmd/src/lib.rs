@@ -6,6 +6,7 @@
 
 pub mod af_xdp;
 pub mod arena;
+pub mod capture;
 pub mod capture_file;
 pub mod engine;
 pub mod fault;
