@@ -4,10 +4,12 @@
 
 mod aead;
 pub mod awslc;
+pub mod cpu;
 #[doc(hidden)]
 pub mod differential;
 mod each;
 pub mod ipsecmb;
+pub mod known;
 #[doc(hidden)]
 pub mod measure;
 mod packet;
