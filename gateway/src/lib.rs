@@ -4,5 +4,7 @@
 
 pub mod config;
 pub mod crypto;
+pub mod engine;
 pub mod esp;
 pub mod wire;
+pub mod worker;

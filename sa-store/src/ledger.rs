@@ -166,7 +166,7 @@ impl Default for WorkerCounters {
 impl WorkerCounters {
     /// Counts drops.
     #[inline]
-    pub fn drop(&self, reason: DropReason, n: u64) {
+    pub fn drop_frames(&self, reason: DropReason, n: u64) {
         self.dropped[reason.index()].add(n);
     }
 
@@ -245,7 +245,7 @@ mod tests {
         let w = WorkerCounters::default();
         w.received.add(3);
         w.sent.add(1);
-        w.drop(DropReason::NoRoute, 1);
+        w.drop_frames(DropReason::NoRoute, 1);
         assert!(!Balance::of([&w]).holds());
         w.waiting.set(1);
         assert!(Balance::of([&w]).holds());

@@ -137,9 +137,9 @@ pub fn dummy(
 
 /// What is left to do once the packet is sealed: the UDP checksum over IPv6.
 #[inline]
-pub fn finish(frame: &mut Frame, plan: &OutPlan, ok: &EncapOk) {
+pub fn finish(frame: &mut Frame, plan: &OutPlan, esp_off: u16) {
     if plan.needs_udp_checksum() {
-        udp_checksum(frame.data_mut(), usize::from(ok.esp_off));
+        udp_checksum(frame.data_mut(), usize::from(esp_off));
     }
 }
 

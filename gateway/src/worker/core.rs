@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 
-use pmd::engine::{EspEngine, EspJob};
+use pmd::engine::EspEngine;
 use pmd::{BURST, Frame, Pool};
 use sa_store::drops::{Consumed, DropReason};
 use sa_store::flow::{FlowKey, L4};
@@ -24,6 +24,7 @@ use super::handover::{Handed, Handover, Task};
 use super::inbound::Inbound;
 use super::outbound::Outbound;
 use super::setup::{PipelineConfig, PolicyHits, Side};
+use crate::esp::iv::CbcIvGen;
 use crate::wire::{self, Family, Frag, Kind, NattPorts, Parsed};
 
 /// A packet between stages: its frame starts at the IP header.
@@ -54,7 +55,7 @@ impl Shared {
     /// Ends a frame.
     #[inline]
     pub(super) fn drop(&mut self, frame: Frame, reason: DropReason) {
-        self.counters.drop(reason, 1);
+        self.counters.drop_frames(reason, 1);
         self.pool.put(frame);
     }
 
@@ -88,9 +89,9 @@ pub(super) struct Core {
 }
 
 impl Core {
-    pub(super) fn new(shared: Shared) -> Self {
+    pub(super) fn new(shared: Shared, iv: CbcIvGen) -> Self {
         let inbound = Inbound::new(&shared.config);
-        let outbound = Outbound::new(&shared.config);
+        let outbound = Outbound::new(&shared.config, iv);
         Self { shared, inbound, outbound, rx: Vec::with_capacity(BURST), receiving: true }
     }
 
@@ -106,7 +107,7 @@ impl Core {
         work += self.outbound.run(&mut self.shared, snapshot);
         work += self.shared.ports.transmit(&mut self.shared.pool, &self.shared.counters);
         self.flush_handover();
-        let held = self.shared.ports.backlog() + self.inbound.held();
+        let held = self.shared.ports.backlog();
         self.shared.counters.waiting.set(held as u64);
         work
     }
@@ -124,7 +125,6 @@ impl Core {
     /// Gives every held frame back, counted as dropped at shutdown, and empties the ports.
     pub(super) fn shut_down(&mut self) {
         let shared = &mut self.shared;
-        self.inbound.abandon(shared);
         shared.ports.abandon(&mut shared.pool, &shared.counters);
         let mut late = Vec::new();
         shared.handover.receive(usize::MAX, |h| late.push(h.frame));
@@ -211,7 +211,7 @@ impl Core {
                 Task::Open(p) => inbound.esp.push(Pkt { frame, p, port }),
                 Task::Send(egress) => {
                     if let Err((frame, reason)) = ports.queue(egress, frame) {
-                        counters.drop(reason, 1);
+                        counters.drop_frames(reason, 1);
                         pool.put(frame);
                     }
                 }
@@ -226,7 +226,7 @@ impl Core {
     fn flush_handover(&mut self) {
         let Shared { handover, pool, counters, .. } = &mut self.shared;
         let sent = handover.flush(|frame| {
-            counters.drop(DropReason::HandoverFull, 1);
+            counters.drop_frames(DropReason::HandoverFull, 1);
             pool.put(frame);
         });
         if sent != 0 {
@@ -241,11 +241,6 @@ pub(super) fn dst_of(p: &Parsed) -> u128 {
     mapped(p.family, p.dst)
 }
 
-/// Source of a packet, likewise.
-#[inline(always)]
-pub(super) fn src_of(p: &Parsed) -> u128 {
-    mapped(p.family, p.src)
-}
 
 #[inline(always)]
 fn mapped(family: Family, a: u128) -> u128 {

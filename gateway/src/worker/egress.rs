@@ -191,7 +191,7 @@ impl Ports {
             }
             sent += queue.tx_burst(pool, &mut port.tx);
             if port.tx.len() > BACKLOG {
-                counters.drop(DropReason::TxFull, (port.tx.len() - BACKLOG) as u64);
+                counters.drop_frames(DropReason::TxFull, (port.tx.len() - BACKLOG) as u64);
                 for late in port.tx.drain(BACKLOG..) {
                     pool.put(late);
                 }
@@ -211,7 +211,7 @@ impl Ports {
     /// Ends what waits for transmission.
     pub(super) fn abandon(&mut self, pool: &mut Pool, counters: &WorkerCounters) {
         for port in &mut self.list {
-            counters.drop(DropReason::Shutdown, port.tx.len() as u64);
+            counters.drop_frames(DropReason::Shutdown, port.tx.len() as u64);
             for frame in port.tx.drain(..) {
                 pool.put(frame);
             }

@@ -4,7 +4,6 @@ use pmd::BURST;
 use pmd::engine::{EspJob, JobKind, JobStatus};
 use sa_store::drops::{Consumed, DropReason};
 use sa_store::flow::{FlowCache, FlowKey};
-use sa_store::ledger::Generated;
 use sa_store::replay::Replay;
 use sa_store::runtime::SaEntry;
 use sa_store::snapshot::Snapshot;
@@ -14,9 +13,8 @@ use super::core::{Pkt, Shared, dst_of, flow_key};
 use super::handover::{Handed, Task};
 use super::outbound::Outbound;
 use super::setup::{PipelineConfig, PolicyHits, Side};
-use crate::esp::decap::{self, Opened};
-use crate::esp::reassembly::{Outcome, Reassembly};
-use crate::wire::{self, Frag, Kind, proto};
+use crate::esp::decap::{self, DecapPre, Decapped};
+use crate::wire::{Frag, Kind, Parsed, proto};
 
 /// The inbound half of a worker.
 pub(super) struct Inbound {
@@ -27,31 +25,18 @@ pub(super) struct Inbound {
     jobs: Vec<EspJob>,
     done: Vec<EspJob>,
     flows: FlowCache<Verdict>,
-    reassembly: Option<Reassembly>,
+    waiting: JobTable,
 }
 
 impl Inbound {
     pub(super) fn new(config: &PipelineConfig) -> Self {
-        let limits = config.reassembly;
         Self {
             esp: Vec::with_capacity(4 * BURST),
             other: Vec::with_capacity(4 * BURST),
             jobs: Vec::with_capacity(4 * BURST),
             done: Vec::with_capacity(4 * BURST),
             flows: FlowCache::new(config.flow_entries),
-            reassembly: (limits.fragments != 0).then(|| Reassembly::new(limits.fragments, limits.timeout)),
-        }
-    }
-
-    /// Frames that wait here between rounds.
-    pub(super) fn held(&self) -> usize {
-        self.reassembly.as_ref().map_or(0, Reassembly::held)
-    }
-
-    /// Ends what waits.
-    pub(super) fn abandon(&mut self, shared: &mut Shared) {
-        if let Some(r) = &mut self.reassembly {
-            r.clear(|frame| shared.drop(frame, DropReason::Shutdown));
+            waiting: JobTable::default(),
         }
     }
 
@@ -60,9 +45,6 @@ impl Inbound {
         let mut work = self.other.len() + self.esp.len();
         if !self.other.is_empty() {
             self.sort_other(shared, snapshot, out);
-        }
-        if let Some(r) = &mut self.reassembly {
-            r.expire(shared.now, |frame| shared.drop(frame, DropReason::FragmentTimeout));
         }
         if !self.esp.is_empty() {
             self.look_up(shared, snapshot, out);
@@ -104,7 +86,10 @@ impl Inbound {
                 continue;
             }
             match admit(entry, &pkt, shared.now) {
-                Ok(seq) => self.jobs.push(job(entry, pkt, seq)),
+                Ok((pre, seq)) => {
+                    let tag = self.waiting.put(Outer { p: pkt.p, pre, port: pkt.port });
+                    self.jobs.push(job(entry, pkt, pre, seq, tag));
+                }
                 Err(reason) => shared.drop(pkt.frame, reason),
             }
         }
@@ -122,20 +107,27 @@ impl Inbound {
     fn finish(&mut self, shared: &mut Shared, snapshot: &Snapshot, out: &mut Outbound) {
         let mut done = std::mem::take(&mut self.done);
         for mut job in done.drain(..) {
+            let Some(outer) = self.waiting.take(job.tag) else {
+                shared.drop(job.frame, DropReason::EngineError);
+                continue;
+            };
             let Some(entry) = snapshot.sa(job.sa) else {
                 shared.drop(job.frame, DropReason::SaDisabled);
                 continue;
             };
-            let opened = match judge(entry, &mut job, shared) {
+            let opened = match judge(entry, &mut job, &outer, shared) {
                 Ok(opened) => opened,
                 Err(reason) => {
                     shared.drop(job.frame, reason);
                     continue;
                 }
             };
-            let Opened::Packet(p) = opened else {
-                shared.consume(job.frame, Consumed::Dummy);
-                continue;
+            let p = match opened {
+                Decapped::Packet(p) => p,
+                Decapped::Consumed(kind) => {
+                    shared.consume(job.frame, kind);
+                    continue;
+                }
             };
             if let Err(reason) = self.check_policy(shared, snapshot, entry, &flow_key(&p, entry.fixed.vrf)) {
                 entry.live.counters.selector.add(1);
@@ -143,9 +135,7 @@ impl Inbound {
                 continue;
             }
             shared.counters.decrypted.add(1);
-            #[allow(clippy::cast_possible_truncation, reason = "the tag is the port number that look_up put there")]
-            let port = job.tag as u16;
-            out.forward.push(Pkt { frame: job.frame, p, port });
+            out.forward.push(Pkt { frame: job.frame, p, port: outer.port });
         }
         self.done = done;
     }
@@ -228,35 +218,49 @@ impl Inbound {
                 Kind::NatKeepalive if local => shared.consume(pkt.frame, Consumed::NatKeepalive),
                 Kind::Ike if local => shared.drop(pkt.frame, DropReason::NotForUs),
                 Kind::Ip if local && pkt.p.frag != Frag::No && matches!(pkt.p.proto, proto::ESP | proto::UDP) => {
-                    self.reassemble(shared, pkt);
+                    shared.drop(pkt.frame, DropReason::FragmentOff);
                 }
                 _ => self.clear_text(shared, snapshot, out, pkt),
             }
         }
         self.other = packets;
     }
+}
 
-    fn reassemble(&mut self, shared: &mut Shared, pkt: Pkt) {
-        let Some(reassembly) = &mut self.reassembly else {
-            shared.drop(pkt.frame, DropReason::FragmentOff);
-            return;
-        };
-        let port = pkt.port;
-        let (counters, pool) = (&shared.counters, &mut shared.pool);
-        let outcome = reassembly.add(pkt.frame, &pkt.p, shared.now, pool, |frame, end| {
-            (match end {
-                Ok(kind) => counters.consume(kind),
-                Err(reason) => counters.drop(reason, 1),
-            });
-            frame
-        });
-        let Outcome::Complete(frame) = outcome else { return };
-        counters.generate(Generated::Reassembled);
-        match wire::parse_ip(frame.data(), shared.natt) {
-            Ok(p) if p.esp().is_some() => self.esp.push(Pkt { frame, p, port }),
-            Ok(_) => shared.drop(frame, DropReason::NotForUs),
-            Err(reason) => shared.drop(frame, reason),
+/// What *post* needs to know of a packet that is in an engine.
+#[derive(Clone, Copy, Debug)]
+struct Outer {
+    p: Parsed,
+    pre: DecapPre,
+    port: u16,
+}
+
+/// Packets in engines, found again by the job's tag.
+#[derive(Debug, Default)]
+struct JobTable {
+    places: Vec<Option<Outer>>,
+    free: Vec<u64>,
+}
+
+impl JobTable {
+    #[inline]
+    fn put(&mut self, outer: Outer) -> u64 {
+        let tag = self.free.pop().unwrap_or(self.places.len() as u64);
+        match usize::try_from(tag).ok().and_then(|i| self.places.get_mut(i)) {
+            Some(place) => *place = Some(outer),
+            None => self.places.push(Some(outer)),
         }
+        tag
+    }
+
+    /// `None` for a tag that is not out: an engine that answers twice, or with nonsense.
+    #[inline]
+    fn take(&mut self, tag: u64) -> Option<Outer> {
+        let outer = self.places.get_mut(usize::try_from(tag).ok()?)?.take();
+        if outer.is_some() {
+            self.free.push(tag);
+        }
+        outer
     }
 }
 
@@ -268,35 +272,31 @@ fn spi(pkt: &Pkt) -> u32 {
 /// Checks that cost nothing, before crypto is spent: encapsulation, limits, lengths, window. Returns the
 /// full sequence number.
 #[inline]
-fn admit(entry: &SaEntry, pkt: &Pkt, now: u64) -> Result<u64, DropReason> {
+fn admit(entry: &SaEntry, pkt: &Pkt, now: u64) -> Result<(DecapPre, u64), DropReason> {
     let fixed = &entry.fixed;
-    let in_udp = matches!(pkt.p.kind, Kind::UdpEsp { .. });
-    if fixed.encap.is_some() != in_udp {
-        return Err(DropReason::EncapMismatch);
-    }
     let Some(plan) = &fixed.inb else { return Err(DropReason::SaNotFound) };
     entry.admit_in(now)?;
-    if let Err(reason) = decap::pre(&pkt.p, plan) {
-        entry.live.counters.malformed.add(1);
-        return Err(reason);
-    }
-    let seq_lo = pkt.p.esp().map_or(0, |(_, seq)| seq);
-    match entry.live.window.check(seq_lo) {
-        Replay::Fresh(seq) => Ok(seq),
+    let pre = match decap::pre(&pkt.p, plan) {
+        Ok(pre) => pre,
+        Err(reason) => {
+            entry.live.counters.malformed.add(1);
+            return Err(reason);
+        }
+    };
+    match entry.live.window.check(pre.seq) {
+        Replay::Fresh(seq) => Ok((pre, seq)),
         refused => Err(replayed(entry, refused)),
     }
 }
 
 #[inline]
-fn job(entry: &SaEntry, pkt: Pkt, seq: u64) -> EspJob {
-    #[allow(clippy::cast_possible_truncation, reason = "the ESP header lies within a packet of u16 length")]
-    let esp_off = pkt.p.esp_off() as u16;
+fn job(entry: &SaEntry, pkt: Pkt, pre: DecapPre, seq: u64, tag: u64) -> EspJob {
     EspJob {
         frame: pkt.frame,
         sa: entry.fixed.id,
         seq,
-        tag: u64::from(pkt.port),
-        esp_off,
+        tag,
+        esp_off: pre.esp_off,
         esp_end: pkt.p.l3_len,
         kind: JobKind::Open,
         status: JobStatus::Pending,
@@ -305,7 +305,7 @@ fn job(entry: &SaEntry, pkt: Pkt, seq: u64) -> EspJob {
 
 /// After the engine: the packet is authentic, fresh, well-formed and within the limits.
 #[inline]
-fn judge(entry: &SaEntry, job: &mut EspJob, shared: &Shared) -> Result<Opened, DropReason> {
+fn judge(entry: &SaEntry, job: &mut EspJob, outer: &Outer, shared: &Shared) -> Result<Decapped, DropReason> {
     let live = &entry.live;
     match job.status {
         JobStatus::Done => {}
@@ -325,7 +325,7 @@ fn judge(entry: &SaEntry, job: &mut EspJob, shared: &Shared) -> Result<Opened, D
         refused => return Err(replayed(entry, refused)),
     }
     let Some(plan) = &entry.fixed.inb else { return Err(DropReason::SaNotFound) };
-    let opened = decap::post(&mut job.frame, usize::from(job.esp_off), plan, shared.natt).inspect_err(|_| {
+    let opened = decap::post(&mut job.frame, &outer.p, outer.pre, plan, shared.natt).inspect_err(|_| {
         live.counters.malformed.add(1);
     })?;
     entry.account_in(job.frame.len() as u64, shared.now)?;

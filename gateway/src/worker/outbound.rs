@@ -3,10 +3,10 @@
 use pmd::BURST;
 use pmd::engine::{EspJob, JobKind, JobStatus};
 use pmd::Frame;
-use sa_store::drops::{Consumed, DropReason};
+use sa_store::drops::DropReason;
 use sa_store::flow::{FlowCache, FlowKey};
-use sa_store::ledger::Generated;
-use sa_store::runtime::{SaEntry, TunnelIdx};
+use sa_store::runtime::SaEntry;
+use sa_store::sa::Mode;
 use sa_store::snapshot::Snapshot;
 use sa_store::spd::{Action, Verdict};
 
@@ -14,10 +14,8 @@ use super::egress::{Egress, PortHop};
 use super::core::{Pkt, Protect, Shared, dst_of, flow_key};
 use super::handover::{Handed, Task};
 use super::setup::{PipelineConfig, PolicyHits, Side};
-use crate::esp::encap;
-use crate::esp::icmp::{self, IcmpError};
+use crate::esp::encap::{self, EncapArgs, EncapState, Hop};
 use crate::esp::iv::CbcIvGen;
-use crate::esp::{fragment, mss};
 use crate::wire;
 
 /// The outbound half of a worker.
@@ -32,14 +30,11 @@ pub(super) struct Outbound {
     jobs: Vec<EspJob>,
     done: Vec<EspJob>,
     flows: FlowCache<Verdict>,
-    iv: CbcIvGen,
-    limiter: icmp::Limiter,
-    ip_id: u16,
-    pieces: Vec<Frame>,
+    state: EncapState,
 }
 
 impl Outbound {
-    pub(super) fn new(config: &PipelineConfig) -> Self {
+    pub(super) fn new(config: &PipelineConfig, iv: CbcIvGen) -> Self {
         Self {
             clear: Vec::with_capacity(4 * BURST),
             protect: Vec::with_capacity(4 * BURST),
@@ -48,10 +43,7 @@ impl Outbound {
             jobs: Vec::with_capacity(4 * BURST),
             done: Vec::with_capacity(4 * BURST),
             flows: FlowCache::new(config.flow_entries),
-            iv: config.iv_seed.map_or_else(CbcIvGen::from_system, CbcIvGen::from_seed),
-            limiter: icmp::Limiter::default(),
-            ip_id: 0,
-            pieces: Vec::new(),
+            state: EncapState::new(iv, 0),
         }
     }
 
@@ -195,22 +187,19 @@ impl Outbound {
                 return;
             }
         };
-        if plan.is_tunnel() {
-            if let Err(reason) = wire::decrement_ttl(pkt.frame.data_mut(), &pkt.p) {
-                self.answer(shared, &pkt, IcmpError::TimeExceeded);
-                shared.drop(pkt.frame, reason);
+        if pkt.p.ttl <= 1 && plan.mode == Mode::Tunnel {
+            shared.drop(pkt.frame, DropReason::TtlExpired);
+            return;
+        }
+        let mtu = plan.outer_mtu(shared.ports.mtu(hop));
+        let (front, behind) = plan.worst_growth();
+        let mut inner_mtu = mtu;
+        if plan.tfc_to != 0 || usize::from(pkt.p.l3_len) + front + behind > usize::from(mtu) {
+            inner_mtu = encap::inner_mtu(plan, pkt.frame.data(), &pkt.p, mtu);
+            if pkt.p.l3_len > inner_mtu {
+                shared.drop(pkt.frame, DropReason::TooBig);
                 return;
             }
-            pkt.p.ttl -= 1;
-        }
-        let mtu = plan.mtu(shared.ports.mtu(hop));
-        if plan.clamps_mss() && pkt.p.proto == wire::proto::TCP {
-            mss::clamp(pkt.frame.data_mut(), &pkt.p, plan.inner_mtu(mtu));
-        }
-        if !plan.fits(pkt.p.l3_len, mtu) && !plan.may_fragment(&pkt.p) {
-            self.answer(shared, &pkt, IcmpError::TooBig { mtu: plan.inner_mtu(mtu) });
-            shared.drop(pkt.frame, DropReason::TooBig);
-            return;
         }
         let seq = match entry.next_out(u64::from(pkt.p.l3_len), shared.now) {
             Ok(seq) => seq,
@@ -219,15 +208,15 @@ impl Outbound {
                 return;
             }
         };
-        self.ip_id = self.ip_id.wrapping_add(1);
-        match encap::encap(&mut pkt.frame, &pkt.p, plan, seq, self.ip_id, &mut self.iv) {
-            Ok(sealed) => self.jobs.push(EspJob {
+        let args = EncapArgs { seq, hop: Hop::Forwarded, inner_mtu };
+        match encap::encap(&mut pkt.frame, &pkt.p, plan, args, &mut self.state) {
+            Ok(ok) => self.jobs.push(EspJob {
+                esp_end: length(&pkt.frame),
                 frame: pkt.frame,
                 sa: entry.fixed.id,
                 seq,
                 tag: hop.to_tag(),
-                esp_off: sealed.esp_off,
-                esp_end: sealed.esp_end,
+                esp_off: ok.esp_off,
                 kind: JobKind::Seal,
                 status: JobStatus::Pending,
             }),
@@ -257,7 +246,13 @@ impl Outbound {
                 }
             }
             shared.counters.encrypted.add(1);
-            self.send(shared, job.frame, PortHop::from_tag(job.tag));
+            let mut frame = job.frame;
+            if let Some(plan) = snapshot.sa(job.sa).and_then(|e| e.fixed.out.as_ref())
+                && plan.needs_udp_checksum()
+            {
+                encap::finish(&mut frame, plan, job.esp_off);
+            }
+            self.send(shared, frame, PortHop::from_tag(job.tag));
         }
         self.done = done;
     }
@@ -265,13 +260,11 @@ impl Outbound {
     /// Sends a packet in the clear: hop limit, size, then out.
     fn send_clear(&mut self, shared: &mut Shared, mut pkt: Pkt, hop: PortHop) {
         if let Err(reason) = wire::decrement_ttl(pkt.frame.data_mut(), &pkt.p) {
-            self.answer(shared, &pkt, IcmpError::TimeExceeded);
             shared.drop(pkt.frame, reason);
             return;
         }
         let mtu = shared.ports.mtu(hop);
         if pkt.p.l3_len > mtu && pkt.p.df() {
-            self.answer(shared, &pkt, IcmpError::TooBig { mtu });
             shared.drop(pkt.frame, DropReason::TooBig);
             return;
         }
@@ -282,54 +275,11 @@ impl Outbound {
     #[inline]
     fn send(&mut self, shared: &mut Shared, frame: Frame, hop: PortHop) {
         if frame.len() > usize::from(shared.ports.mtu(hop)) {
-            self.send_fragments(shared, frame, hop);
+            shared.drop(frame, DropReason::TooBig);
             return;
         }
         if let Err((frame, reason)) = shared.ports.send(frame, hop, &mut shared.handover) {
             shared.drop(frame, reason);
-        }
-    }
-
-    #[cold]
-    fn send_fragments(&mut self, shared: &mut Shared, frame: Frame, hop: PortHop) {
-        let mtu = usize::from(shared.ports.mtu(hop));
-        self.pieces.clear();
-        match fragment::split(&frame, mtu, self.ip_id, &mut shared.pool, &mut self.pieces) {
-            Ok(()) => {}
-            Err(reason) => {
-                shared.drop(frame, reason);
-                return;
-            }
-        }
-        shared.consume(frame, Consumed::Fragmented);
-        let mut pieces = std::mem::take(&mut self.pieces);
-        for piece in pieces.drain(..) {
-            shared.counters.generate(Generated::Fragment);
-            if let Err((frame, reason)) = shared.ports.send(piece, hop, &mut shared.handover) {
-                shared.drop(frame, reason);
-            }
-        }
-        self.pieces = pieces;
-    }
-
-    /// Answers with an ICMP error where RFC 1812 and RFC 4443 allow one, within the rate limit.
-    #[cold]
-    fn answer(&mut self, shared: &mut Shared, pkt: &Pkt, error: IcmpError) {
-        let vrf = shared.vrf(pkt.port);
-        let v6 = pkt.p.family == wire::Family::V6;
-        let Some(source) = shared.config.locals.any(vrf, v6) else { return };
-        if !self.limiter.allow(shared.now) {
-            return;
-        }
-        let Some(mut frame) = shared.pool.get_spare() else { return };
-        if !icmp::build(&mut frame, pkt.frame.data(), &pkt.p, error, source) {
-            shared.pool.put(frame);
-            return;
-        }
-        shared.counters.generate(Generated::Icmp);
-        match wire::parse_ip(frame.data(), shared.natt) {
-            Ok(p) => self.forward.push(Pkt { frame, p, port: pkt.port }),
-            Err(reason) => shared.drop(frame, reason),
         }
     }
 }
@@ -341,4 +291,10 @@ fn hash_of(pkt: &Pkt) -> u32 {
     #[allow(clippy::cast_possible_truncation, reason = "a hash")]
     let mixed = (p.src ^ p.dst.rotate_left(17)) as u32 ^ u32::from(p.sport) << 16 ^ u32::from(p.dport);
     mixed
+}
+
+/// Length of a frame's packet: frames are shorter than 64 KiB.
+#[inline(always)]
+fn length(frame: &Frame) -> u16 {
+    u16::try_from(frame.len()).unwrap_or(u16::MAX)
 }

@@ -44,7 +44,7 @@ pub struct PortSetup {
 
 /// The gateway's own addresses.
 #[derive(Clone, Debug, Default)]
-pub struct Locals(HashSet<(u16, u128)>);
+pub struct Locals(HashSet<(u16, u128), rustc_hash::FxBuildHasher>);
 
 impl Locals {
     /// From addresses with their VRF.
@@ -95,8 +95,6 @@ pub struct PipelineConfig {
     pub idle: IdlePolicy,
     /// Flow cache entries per worker.
     pub flow_entries: usize,
-    /// Seed of the CBC IV generator, only for deterministic offline runs; `None`: from the system.
-    pub iv_seed: Option<u64>,
 }
 
 /// Parts of one worker.

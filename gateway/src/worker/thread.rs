@@ -16,6 +16,7 @@ use super::egress::Ports;
 use super::handover::Waker;
 use super::idle::{Backoff, Idle};
 use super::setup::WorkerParts;
+use crate::esp::iv::CbcIvGen;
 use crate::wire::NattPorts;
 
 /// Empty rounds, in a row and of all workers, after which a stopping crew is drained.
@@ -35,7 +36,7 @@ pub struct Worker {
 
 impl Worker {
     /// Puts the parts together. `clock` must be the one that control uses.
-    pub fn new(parts: WorkerParts, clock: Clock) -> Self {
+    pub fn new(parts: WorkerParts, clock: Clock, iv: CbcIvGen) -> Self {
         let WorkerParts {
             id,
             cpu,
@@ -62,14 +63,14 @@ impl Worker {
             engine,
             now: 0,
         };
-        Self { core: Core::new(shared), reader, clock, counters, backoff, cpu }
+        Self { core: Core::new(shared, iv), reader, clock, counters, backoff, cpu }
     }
 
     /// One poll round. Returns how many frames it moved.
     #[inline]
     pub fn round(&mut self) -> usize {
         let started = self.clock.raw();
-        let now = self.clock.scaled(started).as_u64();
+        let now = nanos(&self.clock, started);
         let snapshot = self.reader.load();
         let work = self.core.round(snapshot, now);
         if work != 0 {
@@ -241,4 +242,15 @@ fn pin(cpu: usize) {
     if !pinned || now != Some(cpu) {
         tracing::warn!(cpu, ?now, "pinning did not take");
     }
+}
+
+/// The gateway clock at a raw reading: nanoseconds since an arbitrary start that all threads share.
+#[inline(always)]
+fn nanos(clock: &Clock, raw: u64) -> u64 {
+    clock.delta_as_nanos(0, raw)
+}
+
+/// The gateway clock now, nanoseconds. What control passes on as the time must come from here too.
+pub fn gateway_now(clock: &Clock) -> u64 {
+    nanos(clock, clock.raw())
 }
