@@ -18,7 +18,13 @@ pub struct SoftwareEngine {
 
 impl Default for SoftwareEngine {
     fn default() -> Self {
-        Self { capabilities: Capabilities { name: "software", in_flight: usize::MAX, synchronous: true } }
+        Self {
+            capabilities: Capabilities {
+                name: "software",
+                in_flight: usize::MAX,
+                synchronous: true,
+            },
+        }
     }
 }
 
@@ -89,7 +95,12 @@ fn cipher_run(view: &Snapshot, kind: JobKind, jobs: &mut [EspJob]) {
             #[allow(clippy::cast_possible_truncation, reason = "upper half of a u64")]
             let seq_hi = (job.seq >> 32) as u32;
             places.push(place);
-            batch.push(CipherJob { ctx, esp, seq_hi, ok: false });
+            batch.push(CipherJob {
+                ctx,
+                esp,
+                seq_hi,
+                ok: false,
+            });
         }
         if let Some(first) = batch.first() {
             let ctx = first.ctx;

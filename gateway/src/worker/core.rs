@@ -69,7 +69,10 @@ impl Shared {
     /// VRF of a port.
     #[inline]
     pub(super) fn vrf(&self, port: u16) -> Vrf {
-        self.config.ports.get(usize::from(port)).map_or(Vrf(0), |p| p.vrf)
+        self.config
+            .ports
+            .get(usize::from(port))
+            .map_or(Vrf(0), |p| p.vrf)
     }
 
     /// Whether the packet is addressed to the gateway.
@@ -92,7 +95,13 @@ impl Core {
     pub(super) fn new(shared: Shared, iv: CbcIvGen) -> Self {
         let inbound = Inbound::new(&shared.config);
         let outbound = Outbound::new(&shared.config, iv);
-        Self { shared, inbound, outbound, rx: Vec::with_capacity(BURST), receiving: true }
+        Self {
+            shared,
+            inbound,
+            outbound,
+            rx: Vec::with_capacity(BURST),
+            receiving: true,
+        }
     }
 
     /// One round at gateway time `now`. Returns how many frames it moved: 0 means idle.
@@ -103,9 +112,14 @@ impl Core {
             work += self.receive();
         }
         work += self.receive_handed();
-        work += self.inbound.run(&mut self.shared, snapshot, &mut self.outbound);
+        work += self
+            .inbound
+            .run(&mut self.shared, snapshot, &mut self.outbound);
         work += self.outbound.run(&mut self.shared, snapshot);
-        work += self.shared.ports.transmit(&mut self.shared.pool, &self.shared.counters);
+        work += self
+            .shared
+            .ports
+            .transmit(&mut self.shared.pool, &self.shared.counters);
         self.flush_handover();
         let held = self.shared.ports.backlog();
         self.shared.counters.waiting.set(held as u64);
@@ -119,7 +133,9 @@ impl Core {
 
     /// Whether nothing is inside: no backlog, nothing in an engine or in a ring to this worker.
     pub(super) fn is_empty(&self) -> bool {
-        self.shared.ports.backlog() == 0 && self.shared.engine.in_flight() == 0 && !self.shared.handover.pending()
+        self.shared.ports.backlog() == 0
+            && self.shared.engine.in_flight() == 0
+            && !self.shared.handover.pending()
     }
 
     /// Gives every held frame back, counted as dropped at shutdown, and empties the ports.
@@ -139,7 +155,10 @@ impl Core {
     fn receive(&mut self) -> usize {
         let mut got = 0;
         for port in 0..self.shared.ports.len() {
-            let n = self.shared.ports.receive(port, &mut self.shared.pool, &mut self.rx);
+            let n = self
+                .shared
+                .ports
+                .receive(port, &mut self.shared.pool, &mut self.rx);
             if n == 0 {
                 continue;
             }
@@ -155,8 +174,16 @@ impl Core {
 
     /// Parses what a port received and puts each packet into its lane.
     fn sort(&mut self, port: u16) {
-        let Self { shared, inbound, outbound, rx, .. } = self;
-        let Some(setup) = shared.config.ports.get(usize::from(port)) else { return };
+        let Self {
+            shared,
+            inbound,
+            outbound,
+            rx,
+            ..
+        } = self;
+        let Some(setup) = shared.config.ports.get(usize::from(port)) else {
+            return;
+        };
         let (side, vlan) = (setup.side, setup.vlan.unwrap_or(0));
         for frame in rx.iter().take(4) {
             frame.prefetch();
@@ -202,8 +229,19 @@ impl Core {
     }
 
     fn receive_handed(&mut self) -> usize {
-        let Self { shared, inbound, outbound, .. } = self;
-        let Shared { handover, ports, counters, pool, .. } = shared;
+        let Self {
+            shared,
+            inbound,
+            outbound,
+            ..
+        } = self;
+        let Shared {
+            handover,
+            ports,
+            counters,
+            pool,
+            ..
+        } = shared;
         let got = handover.receive(BURST, |h: Handed| {
             let Handed { frame, port, task } = h;
             match task {
@@ -224,7 +262,12 @@ impl Core {
     }
 
     fn flush_handover(&mut self) {
-        let Shared { handover, pool, counters, .. } = &mut self.shared;
+        let Shared {
+            handover,
+            pool,
+            counters,
+            ..
+        } = &mut self.shared;
         let sent = handover.flush(|frame| {
             counters.drop_frames(DropReason::HandoverFull, 1);
             pool.put(frame);
@@ -240,7 +283,6 @@ impl Core {
 pub(super) fn dst_of(p: &Parsed) -> u128 {
     mapped(p.family, p.dst)
 }
-
 
 #[inline(always)]
 fn mapped(family: Family, a: u128) -> u128 {
@@ -262,7 +304,10 @@ pub(super) fn flow_key(p: &Parsed, vrf: Vrf) -> FlowKey {
     } else {
         L4::None
     };
-    #[allow(clippy::cast_possible_truncation, reason = "IPv4 addresses sit in the low 32 bits")]
+    #[allow(
+        clippy::cast_possible_truncation,
+        reason = "IPv4 addresses sit in the low 32 bits"
+    )]
     let key = match p.family {
         Family::V4 => FlowKey::v4((p.src as u32).into(), (p.dst as u32).into(), p.proto, l4),
         Family::V6 => FlowKey::v6(p.src.into(), p.dst.into(), p.proto, l4),

@@ -63,7 +63,10 @@ impl PortHop {
     #[inline(always)]
     pub(super) fn from_tag(tag: u64) -> Self {
         let [p, q, a, b, c, d, e, f] = tag.to_be_bytes();
-        Self { port: u16::from_be_bytes([p, q]), mac: [a, b, c, d, e, f] }
+        Self {
+            port: u16::from_be_bytes([p, q]),
+            mac: [a, b, c, d, e, f],
+        }
     }
 }
 
@@ -74,7 +77,11 @@ pub(super) struct Ports {
 }
 
 impl Ports {
-    pub(super) fn new(config: &PipelineConfig, queues: Vec<Option<Box<dyn PortQueue>>>, via: Vec<usize>) -> Self {
+    pub(super) fn new(
+        config: &PipelineConfig,
+        queues: Vec<Option<Box<dyn PortQueue>>>,
+        via: Vec<usize>,
+    ) -> Self {
         let list = config
             .ports
             .iter()
@@ -90,7 +97,10 @@ impl Ports {
                 vlan: setup.vlan,
             })
             .collect();
-        Self { list, routes: RouteCache::default() }
+        Self {
+            list,
+            routes: RouteCache::default(),
+        }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -121,7 +131,9 @@ impl Ports {
     /// Side of the port that a hop leaves by.
     #[inline]
     pub(super) fn side(&self, hop: PortHop) -> Side {
-        self.list.get(usize::from(hop.port)).map_or(Side::Outside, |p| p.side)
+        self.list
+            .get(usize::from(hop.port))
+            .map_or(Side::Outside, |p| p.side)
     }
 
     /// Largest IP packet that the port takes.
@@ -142,14 +154,18 @@ impl Ports {
         hop: PortHop,
         handover: &mut Handover,
     ) -> Result<(), (Frame, DropReason)> {
-        let Some(port) = self.list.get_mut(usize::from(hop.port)) else { return Err((frame, DropReason::NoRoute)) };
+        let Some(port) = self.list.get_mut(usize::from(hop.port)) else {
+            return Err((frame, DropReason::NoRoute));
+        };
         let v6 = frame.data().first().is_some_and(|b| b >> 4 == 6);
         let ethertype: [u8; 2] = if v6 { [0x86, 0xdd] } else { [0x08, 0x00] };
         let room = match port.vlan {
             None => frame.prepend(ETHERNET),
             Some(_) => frame.prepend(ETHERNET + VLAN_TAG),
         };
-        let Some(header) = room else { return Err((frame, DropReason::NoRoom)) };
+        let Some(header) = room else {
+            return Err((frame, DropReason::NoRoom));
+        };
         header[..6].copy_from_slice(&hop.mac);
         header[6..12].copy_from_slice(&port.source);
         match port.vlan {
@@ -163,7 +179,14 @@ impl Ports {
         if port.queue.is_some() {
             port.tx.push(frame);
         } else {
-            handover.stage(port.via, Handed { frame, port: hop.port, task: Task::Send(hop.port) });
+            handover.stage(
+                port.via,
+                Handed {
+                    frame,
+                    port: hop.port,
+                    task: Task::Send(hop.port),
+                },
+            );
         }
         Ok(())
     }
@@ -184,7 +207,9 @@ impl Ports {
     pub(super) fn transmit(&mut self, pool: &mut Pool, counters: &WorkerCounters) -> usize {
         let mut sent = 0;
         for port in &mut self.list {
-            let Some(queue) = &mut port.queue else { continue };
+            let Some(queue) = &mut port.queue else {
+                continue;
+            };
             if port.tx.is_empty() {
                 queue.flush(pool);
                 continue;
@@ -227,12 +252,18 @@ impl Ports {
 
     /// Whether no port will ever receive anything again.
     pub(super) fn finished(&self) -> bool {
-        self.list.iter().filter_map(|p| p.queue.as_ref()).all(|q| q.finished())
+        self.list
+            .iter()
+            .filter_map(|p| p.queue.as_ref())
+            .all(|q| q.finished())
     }
 
     /// Whether every port can wake a sleeping worker.
     pub(super) fn all_wake(&self) -> bool {
-        self.list.iter().filter_map(|p| p.queue.as_ref()).all(|q| q.wait_fd().is_some())
+        self.list
+            .iter()
+            .filter_map(|p| p.queue.as_ref())
+            .all(|q| q.wait_fd().is_some())
     }
 
     /// Asks every port for a wake-up.

@@ -48,7 +48,10 @@ impl Waker {
     /// The system refused an event descriptor.
     pub fn new() -> nix::Result<Self> {
         let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-        Ok(Self { event, sleeping: AtomicBool::new(false) })
+        Ok(Self {
+            event,
+            sleeping: AtomicBool::new(false),
+        })
     }
 
     /// Sender: after writing to the ring. Costs a system call only when the receiver sleeps.
@@ -94,13 +97,17 @@ impl Handover {
     /// # Errors
     /// The system refused an event descriptor.
     pub fn mesh(workers: usize, slots: usize) -> nix::Result<Vec<Handover>> {
-        let wakers: Arc<[Waker]> = (0..workers).map(|_| Waker::new()).collect::<nix::Result<_>>()?;
+        let wakers: Arc<[Waker]> = (0..workers)
+            .map(|_| Waker::new())
+            .collect::<nix::Result<_>>()?;
         let mut ends: Vec<Handover> = (0..workers)
             .map(|own| Handover {
                 to: (0..workers).map(|_| None).collect(),
                 from: Vec::new(),
                 wakers: Arc::clone(&wakers),
-                staged: (0..workers).map(|_| Vec::with_capacity(2 * pmd::BURST)).collect(),
+                staged: (0..workers)
+                    .map(|_| Vec::with_capacity(2 * pmd::BURST))
+                    .collect(),
                 own,
             })
             .collect();
@@ -133,7 +140,12 @@ impl Handover {
     /// Writes what was staged. What finds no room is given to `refused`. Returns how many were handed over.
     pub fn flush(&mut self, mut refused: impl FnMut(Frame)) -> usize {
         let mut sent = 0;
-        for ((staged, ring), waker) in self.staged.iter_mut().zip(&mut self.to).zip(self.wakers.iter()) {
+        for ((staged, ring), waker) in self
+            .staged
+            .iter_mut()
+            .zip(&mut self.to)
+            .zip(self.wakers.iter())
+        {
             if staged.is_empty() {
                 continue;
             }

@@ -17,7 +17,12 @@ pub struct IdlePolicy {
 
 impl Default for IdlePolicy {
     fn default() -> Self {
-        Self { spins: 1000, longest: Duration::from_millis(100), nap: Duration::from_micros(100), busy: false }
+        Self {
+            spins: 1000,
+            longest: Duration::from_millis(100),
+            nap: Duration::from_micros(100),
+            busy: false,
+        }
     }
 }
 
@@ -56,7 +61,11 @@ impl Backoff {
             std::hint::spin_loop();
             return Idle::Spin;
         }
-        Idle::Sleep(if all_wake { self.policy.longest } else { self.policy.nap })
+        Idle::Sleep(if all_wake {
+            self.policy.longest
+        } else {
+            self.policy.nap
+        })
     }
 
     /// Woken: spin again before the next sleep, but not for long, since wake-ups may be spurious.
@@ -71,7 +80,10 @@ mod tests {
 
     #[test]
     fn sleeps_only_after_the_configured_spins_and_starts_over_with_work() {
-        let mut b = Backoff::new(IdlePolicy { spins: 2, ..IdlePolicy::default() });
+        let mut b = Backoff::new(IdlePolicy {
+            spins: 2,
+            ..IdlePolicy::default()
+        });
         assert_eq!(b.idle(true), Idle::Spin);
         assert_eq!(b.idle(true), Idle::Spin);
         assert_eq!(b.idle(true), Idle::Sleep(Duration::from_millis(100)));
@@ -82,7 +94,11 @@ mod tests {
 
     #[test]
     fn a_busy_worker_never_sleeps() {
-        let mut b = Backoff::new(IdlePolicy { busy: true, spins: 0, ..IdlePolicy::default() });
+        let mut b = Backoff::new(IdlePolicy {
+            busy: true,
+            spins: 0,
+            ..IdlePolicy::default()
+        });
         for _ in 0..10 {
             assert_eq!(b.idle(true), Idle::Spin);
         }

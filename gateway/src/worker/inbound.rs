@@ -41,7 +41,12 @@ impl Inbound {
     }
 
     /// One round: returns how many packets it handled.
-    pub(super) fn run(&mut self, shared: &mut Shared, snapshot: &Snapshot, out: &mut Outbound) -> usize {
+    pub(super) fn run(
+        &mut self,
+        shared: &mut Shared,
+        snapshot: &Snapshot,
+        out: &mut Outbound,
+    ) -> usize {
         let mut work = self.other.len() + self.esp.len();
         if !self.other.is_empty() {
             self.sort_other(shared, snapshot, out);
@@ -50,7 +55,9 @@ impl Inbound {
             self.look_up(shared, snapshot, out);
         }
         if !self.jobs.is_empty() {
-            shared.engine.submit(snapshot, &mut self.jobs, &mut self.done);
+            shared
+                .engine
+                .submit(snapshot, &mut self.jobs, &mut self.done);
             self.refuse_rest(shared);
         }
         work += self.done.len();
@@ -61,10 +68,18 @@ impl Inbound {
     /// Finds each packet's SA, checks what can be checked before crypto is spent, builds jobs.
     fn look_up(&mut self, shared: &mut Shared, snapshot: &Snapshot, out: &mut Outbound) {
         // Three passes, so that the misses of a burst overlap: SA record, run-time state and keys, use.
-        for entry in self.esp.iter().filter_map(|pkt| snapshot.sad.hint(spi(pkt))) {
+        for entry in self
+            .esp
+            .iter()
+            .filter_map(|pkt| snapshot.sad.hint(spi(pkt)))
+        {
             entry.prefetch_fixed();
         }
-        for entry in self.esp.iter().filter_map(|pkt| snapshot.sad.hint(spi(pkt))) {
+        for entry in self
+            .esp
+            .iter()
+            .filter_map(|pkt| snapshot.sad.hint(spi(pkt)))
+        {
             entry.prefetch_live();
             entry.fixed.cipher.prefetch();
         }
@@ -82,12 +97,23 @@ impl Inbound {
             let owner = usize::from(entry.fixed.owner);
             if owner != shared.id {
                 let Pkt { frame, p, port } = pkt;
-                shared.handover.stage(owner, Handed { frame, port, task: Task::Open(p) });
+                shared.handover.stage(
+                    owner,
+                    Handed {
+                        frame,
+                        port,
+                        task: Task::Open(p),
+                    },
+                );
                 continue;
             }
             match admit(entry, &pkt, shared.now) {
                 Ok((pre, seq)) => {
-                    let tag = self.waiting.put(Outer { p: pkt.p, pre, port: pkt.port });
+                    let tag = self.waiting.put(Outer {
+                        p: pkt.p,
+                        pre,
+                        port: pkt.port,
+                    });
                     self.jobs.push(job(entry, pkt, pre, seq, tag));
                 }
                 Err(reason) => shared.drop(pkt.frame, reason),
@@ -129,13 +155,19 @@ impl Inbound {
                     continue;
                 }
             };
-            if let Err(reason) = self.check_policy(shared, snapshot, entry, &flow_key(&p, entry.fixed.vrf)) {
+            if let Err(reason) =
+                self.check_policy(shared, snapshot, entry, &flow_key(&p, entry.fixed.vrf))
+            {
                 entry.live.counters.selector.add(1);
                 shared.drop(job.frame, reason);
                 continue;
             }
             shared.counters.decrypted.add(1);
-            out.forward.push(Pkt { frame: job.frame, p, port: outer.port });
+            out.forward.push(Pkt {
+                frame: job.frame,
+                p,
+                port: outer.port,
+            });
         }
         self.done = done;
     }
@@ -150,7 +182,11 @@ impl Inbound {
         key: &FlowKey,
     ) -> Result<(), DropReason> {
         if let Some(selectors) = &entry.fixed.selectors {
-            return if selectors.matches(key) { Ok(()) } else { Err(DropReason::SelectorMismatch) };
+            return if selectors.matches(key) {
+                Ok(())
+            } else {
+                Err(DropReason::SelectorMismatch)
+            };
         }
         if entry.spec.if_id.0 != 0 {
             // A route-based tunnel without selectors carries whatever is routed into it.
@@ -184,8 +220,18 @@ impl Inbound {
     }
 
     /// Clear text from the unprotected side, RFC 4301 section 5.2: allowed only by a bypass policy.
-    fn clear_text(&mut self, shared: &mut Shared, snapshot: &Snapshot, out: &mut Outbound, pkt: Pkt) {
-        let inside = shared.config.ports.get(usize::from(pkt.port)).is_some_and(|p| p.side == Side::Inside);
+    fn clear_text(
+        &mut self,
+        shared: &mut Shared,
+        snapshot: &Snapshot,
+        out: &mut Outbound,
+        pkt: Pkt,
+    ) {
+        let inside = shared
+            .config
+            .ports
+            .get(usize::from(pkt.port))
+            .is_some_and(|p| p.side == Side::Inside);
         if inside {
             out.clear.push(pkt);
             return;
@@ -217,7 +263,11 @@ impl Inbound {
             match pkt.p.kind {
                 Kind::NatKeepalive if local => shared.consume(pkt.frame, Consumed::NatKeepalive),
                 Kind::Ike if local => shared.drop(pkt.frame, DropReason::NotForUs),
-                Kind::Ip if local && pkt.p.frag != Frag::No && matches!(pkt.p.proto, proto::ESP | proto::UDP) => {
+                Kind::Ip
+                    if local
+                        && pkt.p.frag != Frag::No
+                        && matches!(pkt.p.proto, proto::ESP | proto::UDP) =>
+                {
                     shared.drop(pkt.frame, DropReason::FragmentOff);
                 }
                 _ => self.clear_text(shared, snapshot, out, pkt),
@@ -246,7 +296,10 @@ impl JobTable {
     #[inline]
     fn put(&mut self, outer: Outer) -> u64 {
         let tag = self.free.pop().unwrap_or(self.places.len() as u64);
-        match usize::try_from(tag).ok().and_then(|i| self.places.get_mut(i)) {
+        match usize::try_from(tag)
+            .ok()
+            .and_then(|i| self.places.get_mut(i))
+        {
             Some(place) => *place = Some(outer),
             None => self.places.push(Some(outer)),
         }
@@ -274,7 +327,9 @@ fn spi(pkt: &Pkt) -> u32 {
 #[inline]
 fn admit(entry: &SaEntry, pkt: &Pkt, now: u64) -> Result<(DecapPre, u64), DropReason> {
     let fixed = &entry.fixed;
-    let Some(plan) = &fixed.inb else { return Err(DropReason::SaNotFound) };
+    let Some(plan) = &fixed.inb else {
+        return Err(DropReason::SaNotFound);
+    };
     entry.admit_in(now)?;
     let pre = match decap::pre(&pkt.p, plan) {
         Ok(pre) => pre,
@@ -305,7 +360,12 @@ fn job(entry: &SaEntry, pkt: Pkt, pre: DecapPre, seq: u64, tag: u64) -> EspJob {
 
 /// After the engine: the packet is authentic, fresh, well-formed and within the limits.
 #[inline]
-fn judge(entry: &SaEntry, job: &mut EspJob, outer: &Outer, shared: &Shared) -> Result<Decapped, DropReason> {
+fn judge(
+    entry: &SaEntry,
+    job: &mut EspJob,
+    outer: &Outer,
+    shared: &Shared,
+) -> Result<Decapped, DropReason> {
     let live = &entry.live;
     match job.status {
         JobStatus::Done => {}
@@ -324,10 +384,13 @@ fn judge(entry: &SaEntry, job: &mut EspJob, outer: &Outer, shared: &Shared) -> R
         Replay::Fresh(_) => {}
         refused => return Err(replayed(entry, refused)),
     }
-    let Some(plan) = &entry.fixed.inb else { return Err(DropReason::SaNotFound) };
-    let opened = decap::post(&mut job.frame, &outer.p, outer.pre, plan, shared.natt).inspect_err(|_| {
-        live.counters.malformed.add(1);
-    })?;
+    let Some(plan) = &entry.fixed.inb else {
+        return Err(DropReason::SaNotFound);
+    };
+    let opened =
+        decap::post(&mut job.frame, &outer.p, outer.pre, plan, shared.natt).inspect_err(|_| {
+            live.counters.malformed.add(1);
+        })?;
     entry.account_in(job.frame.len() as u64, shared.now)?;
     Ok(opened)
 }

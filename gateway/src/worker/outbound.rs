@@ -1,8 +1,8 @@
 //! Towards the unprotected side: policy, SA, encapsulation; and the forwarding of what is already allowed.
 
 use pmd::BURST;
-use pmd::engine::{EspJob, JobKind, JobStatus};
 use pmd::Frame;
+use pmd::engine::{EspJob, JobKind, JobStatus};
 use sa_store::drops::DropReason;
 use sa_store::flow::{FlowCache, FlowKey};
 use sa_store::runtime::SaEntry;
@@ -10,8 +10,8 @@ use sa_store::sa::Mode;
 use sa_store::snapshot::Snapshot;
 use sa_store::spd::{Action, Verdict};
 
-use super::egress::{Egress, PortHop};
 use super::core::{Pkt, Protect, Shared, dst_of, flow_key};
+use super::egress::{Egress, PortHop};
 use super::handover::{Handed, Task};
 use super::setup::{PipelineConfig, PolicyHits, Side};
 use crate::esp::encap::{self, EncapArgs, EncapState, Hop};
@@ -60,7 +60,9 @@ impl Outbound {
             self.encapsulate(shared, snapshot);
         }
         if !self.jobs.is_empty() {
-            shared.engine.submit(snapshot, &mut self.jobs, &mut self.done);
+            shared
+                .engine
+                .submit(snapshot, &mut self.jobs, &mut self.done);
             for job in self.jobs.drain(..) {
                 shared.drop(job.frame, DropReason::EngineBusy);
             }
@@ -76,8 +78,13 @@ impl Outbound {
         let mut packets = std::mem::take(&mut self.forward);
         for pkt in packets.drain(..) {
             let vrf = shared.vrf(pkt.port);
-            match shared.ports.route(&snapshot.fib, vrf, dst_of(&pkt.p), hash_of(&pkt)) {
-                Egress::Port(hop) if shared.ports.side(hop) == Side::Outside => self.clear.push(pkt),
+            match shared
+                .ports
+                .route(&snapshot.fib, vrf, dst_of(&pkt.p), hash_of(&pkt))
+            {
+                Egress::Port(hop) if shared.ports.side(hop) == Side::Outside => {
+                    self.clear.push(pkt)
+                }
                 Egress::Port(hop) => self.send_clear(shared, pkt, hop),
                 Egress::Tunnel(tunnel) => self.protect.push((pkt, tunnel)),
                 Egress::Local => shared.drop(pkt.frame, DropReason::NotForUs),
@@ -106,7 +113,10 @@ impl Outbound {
                 Action::Bypass => {
                     let vrf = shared.vrf(pkt.port);
                     shared.counters.bypassed.add(1);
-                    match shared.ports.route(&snapshot.fib, vrf, dst_of(&pkt.p), hash_of(&pkt)) {
+                    match shared
+                        .ports
+                        .route(&snapshot.fib, vrf, dst_of(&pkt.p), hash_of(&pkt))
+                    {
                         Egress::Port(hop) => self.send_clear(shared, pkt, hop),
                         Egress::Tunnel(tunnel) => self.protect.push((pkt, tunnel)),
                         Egress::Local => shared.drop(pkt.frame, DropReason::NotForUs),
@@ -124,7 +134,13 @@ impl Outbound {
 
     /// The policy's answer; a route into a tunnel comes first, for it is the operator's word on this destination.
     #[inline]
-    fn verdict(&mut self, shared: &mut Shared, snapshot: &Snapshot, key: &FlowKey, pkt: &Pkt) -> Verdict {
+    fn verdict(
+        &mut self,
+        shared: &mut Shared,
+        snapshot: &Snapshot,
+        key: &FlowKey,
+        pkt: &Pkt,
+    ) -> Verdict {
         let spd = &snapshot.spd_out;
         // Both only ever grow, so the sum changes whenever one of them does.
         let generation = spd.generation(key).wrapping_add(snapshot.fib.generation());
@@ -133,9 +149,14 @@ impl Outbound {
             return v;
         }
         shared.counters.flow_misses.add(1);
-        let routed = shared.ports.route(&snapshot.fib, key.vrf(), dst_of(&pkt.p), hash_of(pkt));
+        let routed = shared
+            .ports
+            .route(&snapshot.fib, key.vrf(), dst_of(&pkt.p), hash_of(pkt));
         let v = match routed {
-            Egress::Tunnel(tunnel) => Verdict { action: Action::Protect { tunnel }, ..Verdict::DEFAULT },
+            Egress::Tunnel(tunnel) => Verdict {
+                action: Action::Protect { tunnel },
+                ..Verdict::DEFAULT
+            },
             _ => spd.lookup(key),
         };
         self.flows.insert(key, generation, v);
@@ -145,10 +166,18 @@ impl Outbound {
     /// Finds the sender of each tunnel and builds the outer packets.
     fn encapsulate(&mut self, shared: &mut Shared, snapshot: &Snapshot) {
         // Passes as in the inbound direction, so that the misses of a burst overlap.
-        for entry in self.protect.iter().filter_map(|(_, t)| snapshot.outbound(*t)) {
+        for entry in self
+            .protect
+            .iter()
+            .filter_map(|(_, t)| snapshot.outbound(*t))
+        {
             entry.prefetch_fixed();
         }
-        for entry in self.protect.iter().filter_map(|(_, t)| snapshot.outbound(*t)) {
+        for entry in self
+            .protect
+            .iter()
+            .filter_map(|(_, t)| snapshot.outbound(*t))
+        {
             entry.prefetch_live();
             entry.fixed.cipher.prefetch();
         }
@@ -161,7 +190,14 @@ impl Outbound {
             let owner = usize::from(entry.fixed.owner);
             if owner != shared.id {
                 let Pkt { frame, p, port } = pkt;
-                shared.handover.stage(owner, Handed { frame, port, task: Task::Protect(p, tunnel) });
+                shared.handover.stage(
+                    owner,
+                    Handed {
+                        frame,
+                        port,
+                        task: Task::Protect(p, tunnel),
+                    },
+                );
                 continue;
             }
             self.protect_one(shared, snapshot, entry, pkt);
@@ -170,12 +206,23 @@ impl Outbound {
     }
 
     #[inline]
-    fn protect_one(&mut self, shared: &mut Shared, snapshot: &Snapshot, entry: &SaEntry, mut pkt: Pkt) {
+    fn protect_one(
+        &mut self,
+        shared: &mut Shared,
+        snapshot: &Snapshot,
+        entry: &SaEntry,
+        mut pkt: Pkt,
+    ) {
         let Some(plan) = &entry.fixed.out else {
             shared.drop(pkt.frame, DropReason::NoOutboundSa);
             return;
         };
-        let hop = match shared.ports.route(&snapshot.fib, entry.fixed.vrf, entry.fixed.dst, entry.fixed.spi) {
+        let hop = match shared.ports.route(
+            &snapshot.fib,
+            entry.fixed.vrf,
+            entry.fixed.dst,
+            entry.fixed.spi,
+        ) {
             Egress::Port(hop) => hop,
             Egress::Unresolved => {
                 shared.drop(pkt.frame, DropReason::NoNeighbour);
@@ -208,7 +255,11 @@ impl Outbound {
                 return;
             }
         };
-        let args = EncapArgs { seq, hop: Hop::Forwarded, inner_mtu };
+        let args = EncapArgs {
+            seq,
+            hop: Hop::Forwarded,
+            inner_mtu,
+        };
         match encap::encap(&mut pkt.frame, &pkt.p, plan, args, &mut self.state) {
             Ok(ok) => self.jobs.push(EspJob {
                 esp_end: length(&pkt.frame),
@@ -289,7 +340,8 @@ impl Outbound {
 fn hash_of(pkt: &Pkt) -> u32 {
     let p = &pkt.p;
     #[allow(clippy::cast_possible_truncation, reason = "a hash")]
-    let mixed = (p.src ^ p.dst.rotate_left(17)) as u32 ^ u32::from(p.sport) << 16 ^ u32::from(p.dport);
+    let mixed =
+        (p.src ^ p.dst.rotate_left(17)) as u32 ^ u32::from(p.sport) << 16 ^ u32::from(p.dport);
     mixed
 }
 

@@ -49,7 +49,12 @@ pub struct Locals(HashSet<(u16, u128), rustc_hash::FxBuildHasher>);
 impl Locals {
     /// From addresses with their VRF.
     pub fn new(addresses: impl IntoIterator<Item = (Vrf, IpAddr)>) -> Self {
-        Self(addresses.into_iter().map(|(v, a)| (v.0, mapped(a))).collect())
+        Self(
+            addresses
+                .into_iter()
+                .map(|(v, a)| (v.0, mapped(a)))
+                .collect(),
+        )
     }
 
     /// Whether `addr` (IPv4 as IPv4-mapped) is ours in `vrf`.
@@ -61,7 +66,11 @@ impl Locals {
     /// Some own address of the family, for the source of ICMP errors.
     pub fn any(&self, vrf: Vrf, v6: bool) -> Option<u128> {
         let is_v6 = |a: u128| a >> 32 != 0xffff;
-        self.0.iter().filter(|(v, a)| *v == vrf.0 && is_v6(*a) == v6).map(|(_, a)| *a).min()
+        self.0
+            .iter()
+            .filter(|(v, a)| *v == vrf.0 && is_v6(*a) == v6)
+            .map(|(_, a)| *a)
+            .min()
     }
 }
 
@@ -76,7 +85,10 @@ pub struct ReassemblyLimits {
 
 impl Default for ReassemblyLimits {
     fn default() -> Self {
-        Self { fragments: 1024, timeout: 2_000_000_000 }
+        Self {
+            fragments: 1024,
+            timeout: 2_000_000_000,
+        }
     }
 }
 
@@ -136,7 +148,10 @@ impl PolicyHits {
     /// Room for `policies` in each direction.
     pub fn new(policies: usize) -> Self {
         let make = || (0..policies.max(1)).map(|_| Counter::default()).collect();
-        Self { out: make(), inbound: make() }
+        Self {
+            out: make(),
+            inbound: make(),
+        }
     }
 
     #[inline]

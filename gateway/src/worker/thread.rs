@@ -63,7 +63,14 @@ impl Worker {
             engine,
             now: 0,
         };
-        Self { core: Core::new(shared, iv), reader, clock, counters, backoff, cpu }
+        Self {
+            core: Core::new(shared, iv),
+            reader,
+            clock,
+            counters,
+            backoff,
+            cpu,
+        }
     }
 
     /// One poll round. Returns how many frames it moved.
@@ -75,7 +82,9 @@ impl Worker {
         let work = self.core.round(snapshot, now);
         if work != 0 {
             self.counters.busy_polls.add(1);
-            self.counters.burst_latency.observe(self.clock.delta_as_nanos(started, self.clock.raw()));
+            self.counters
+                .burst_latency
+                .observe(self.clock.delta_as_nanos(started, self.clock.raw()));
         } else {
             self.counters.idle_polls.add(1);
         }
@@ -107,8 +116,11 @@ impl Worker {
 
     fn wait(&self, longest: Duration) {
         let shared = &self.core.shared;
-        let mut fds: Vec<PollFd<'_>> =
-            shared.ports.wait_fds().map(|fd: BorrowedFd<'_>| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        let mut fds: Vec<PollFd<'_>> = shared
+            .ports
+            .wait_fds()
+            .map(|fd: BorrowedFd<'_>| PollFd::new(fd, PollFlags::POLLIN))
+            .collect();
         let own = shared.handover.waker().fd();
         fds.push(PollFd::new(own.as_fd(), PollFlags::POLLIN));
         let micros = longest.as_micros();
@@ -194,8 +206,15 @@ impl Crew {
     /// # Errors
     /// The system refused a thread.
     pub fn start(workers: Vec<Worker>) -> std::io::Result<Self> {
-        let stop = Arc::new(Stop { asked: AtomicBool::new(false), quiet: AtomicUsize::new(0), workers: workers.len() });
-        let wakers = workers.first().map_or_else(|| Arc::from([]), |w| Arc::clone(w.core.shared.handover.wakers()));
+        let stop = Arc::new(Stop {
+            asked: AtomicBool::new(false),
+            quiet: AtomicUsize::new(0),
+            workers: workers.len(),
+        });
+        let wakers = workers.first().map_or_else(
+            || Arc::from([]),
+            |w| Arc::clone(w.core.shared.handover.wakers()),
+        );
         let mut threads = Vec::with_capacity(workers.len());
         for mut worker in workers {
             let stop = Arc::clone(&stop);
@@ -207,7 +226,11 @@ impl Crew {
                 worker.run(&stop);
             })?);
         }
-        Ok(Self { stop, wakers, threads })
+        Ok(Self {
+            stop,
+            wakers,
+            threads,
+        })
     }
 
     /// Whether every thread still runs.
@@ -234,7 +257,10 @@ fn pin(cpu: usize) {
     // core_affinity aborts on ids that the allowed set cannot hold, so look first.
     let allowed = core_affinity::get_core_ids().unwrap_or_default();
     let Some(id) = allowed.into_iter().find(|c| c.id == cpu) else {
-        tracing::warn!(cpu, "the CPU is not in this process's set; the worker runs unpinned");
+        tracing::warn!(
+            cpu,
+            "the CPU is not in this process's set; the worker runs unpinned"
+        );
         return;
     };
     let pinned = core_affinity::set_for_current(id);

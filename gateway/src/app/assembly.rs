@@ -1,0 +1,191 @@
+//! Putting workers together: queues dealt out, rings between workers, counters, the SA store.
+
+use std::sync::Arc;
+
+use pmd::{Arena, Pool, PortQueue, PortQueueStats};
+use quanta::Clock;
+use sa_store::ledger::WorkerCounters;
+use sa_store::snapshot::Reader;
+use sa_store::store::Store;
+
+use crate::engine::SoftwareEngine;
+use crate::esp::iv::CbcIvGen;
+use crate::worker::{
+    Handover, IdlePolicy, Locals, PipelineConfig, PolicyHits, PortSetup, ReassemblyLimits, Worker,
+    WorkerParts,
+};
+
+/// What a gateway is to look like, apart from its ports.
+#[derive(Clone, Debug)]
+pub struct AssemblyConfig {
+    /// CPU of each worker; `None`: not pinned. The length is the number of workers.
+    pub cpus: Vec<Option<usize>>,
+    /// Most SAs.
+    pub max_sas: u32,
+    /// Packets in each ring between two workers.
+    pub handover_slots: usize,
+    /// Frames in each worker's own stock; see [`pmd::pool`].
+    pub pool_cache: usize,
+    /// Own addresses.
+    pub locals: Locals,
+    /// UDP port, beside 4500, that carries ESP.
+    pub natt_port: u16,
+    /// Fragments of ESP packets.
+    pub reassembly: ReassemblyLimits,
+    /// Idling.
+    pub idle: IdlePolicy,
+    /// Flows remembered per worker and direction.
+    pub flow_entries: usize,
+    /// Hit counters per direction and worker.
+    pub policy_slots: usize,
+    /// Seed of the CBC IVs of deterministic offline runs; `None`: the system's randomness.
+    pub iv_seed: Option<u64>,
+}
+
+impl Default for AssemblyConfig {
+    fn default() -> Self {
+        Self {
+            cpus: vec![None],
+            max_sas: 1 << 20,
+            handover_slots: 1024,
+            pool_cache: 512,
+            locals: Locals::default(),
+            natt_port: 4500,
+            reassembly: ReassemblyLimits::default(),
+            idle: IdlePolicy::default(),
+            flow_entries: 1 << 16,
+            policy_slots: 4096,
+            iv_seed: None,
+        }
+    }
+}
+
+/// A port with its opened queues, numbered by the order in which ports are given.
+pub struct OpenPort {
+    /// How the pipeline is to treat it.
+    pub setup: PortSetup,
+    /// Queue pairs; the first goes to worker 0 and so on. Fewer than workers: the others hand frames over.
+    pub queues: Vec<Box<dyn PortQueue>>,
+}
+
+/// Workers ready to run, and what control needs of them.
+pub struct Assembled {
+    /// The workers.
+    pub workers: Vec<Worker>,
+    /// The store; empty.
+    pub store: Store,
+    /// Counters of each worker.
+    pub counters: Vec<Arc<WorkerCounters>>,
+    /// Policy hits of each worker.
+    pub hits: Vec<Arc<PolicyHits>>,
+    /// Counters of each port's queues.
+    pub port_stats: Vec<Vec<Arc<PortQueueStats>>>,
+    /// The clock that workers use.
+    pub clock: Clock,
+}
+
+/// Why workers could not be put together.
+#[derive(Debug, thiserror::Error)]
+pub enum AssemblyError {
+    /// A port has no queue at all.
+    #[error("port {0} has no queue")]
+    NoQueue(String),
+    /// The system refused an event descriptor.
+    #[error("cannot make event descriptors: {0}")]
+    Events(#[from] nix::Error),
+    /// No randomness for IVs.
+    #[error("the system gives no random numbers: {0}")]
+    Random(#[from] getrandom::Error),
+}
+
+/// Puts a gateway's workers together.
+///
+/// # Errors
+/// See [`AssemblyError`].
+pub fn assemble(
+    config: AssemblyConfig,
+    arena: &Arc<Arena>,
+    ports: Vec<OpenPort>,
+) -> Result<Assembled, AssemblyError> {
+    let count = config.cpus.len();
+    let clock = Clock::new();
+    let store = Store::new(count, config.max_sas);
+    let mut setups = Vec::new();
+    let mut port_stats = Vec::new();
+    let mut owners = Vec::new();
+    let mut dealt: Vec<Vec<Option<Box<dyn PortQueue>>>> = (0..count).map(|_| Vec::new()).collect();
+    for (number, OpenPort { setup, queues }) in ports.into_iter().enumerate() {
+        let have = queues.len();
+        if have == 0 {
+            return Err(AssemblyError::NoQueue(setup.name));
+        }
+        port_stats.push(queues.iter().map(|q| Arc::clone(q.stats())).collect());
+        let mut queues = queues.into_iter().map(Some);
+        // Ports with one queue are spread over the workers.
+        let first = if have < count { number % count } else { 0 };
+        let holders: Vec<usize> = (0..have.min(count)).map(|i| (first + i) % count).collect();
+        for slot in &mut dealt {
+            slot.push(None);
+        }
+        for worker in &holders {
+            dealt[*worker][number] = queues.next().flatten();
+        }
+        owners.push(holders);
+        setups.push(setup);
+    }
+    let pipeline = Arc::new(PipelineConfig {
+        ports: setups,
+        locals: config.locals,
+        natt_port: config.natt_port,
+        reassembly: config.reassembly,
+        idle: config.idle,
+        flow_entries: config.flow_entries,
+    });
+    let counters: Vec<_> = (0..count)
+        .map(|_| Arc::new(WorkerCounters::default()))
+        .collect();
+    let hits: Vec<_> = (0..count)
+        .map(|_| Arc::new(PolicyHits::new(config.policy_slots)))
+        .collect();
+    let mut workers = Vec::with_capacity(count);
+    let mesh = Handover::mesh(count, config.handover_slots)?;
+    for (id, (queues, handover)) in dealt.into_iter().zip(mesh).enumerate() {
+        let iv = match config.iv_seed {
+            None => CbcIvGen::from_os()?,
+            Some(seed) => CbcIvGen::from_seed(&spread(seed, id)),
+        };
+        let parts = WorkerParts {
+            id,
+            cpu: config.cpus[id],
+            reader: Reader::new(Arc::clone(store.shared()), id),
+            pool: Pool::new(arena, config.pool_cache),
+            queues,
+            queue_owner: owners
+                .iter()
+                .map(|holders| holders[id % holders.len()])
+                .collect(),
+            engine: Box::new(SoftwareEngine::default()),
+            handover,
+            counters: Arc::clone(&counters[id]),
+            policy_hits: Arc::clone(&hits[id]),
+            config: Arc::clone(&pipeline),
+        };
+        workers.push(Worker::new(parts, clock.clone(), iv));
+    }
+    Ok(Assembled {
+        workers,
+        store,
+        counters,
+        hits,
+        port_stats,
+        clock,
+    })
+}
+
+/// A 32-byte seed per worker out of the test seed.
+fn spread(seed: u64, worker: usize) -> [u8; 32] {
+    let mut out = [0; 32];
+    out[..8].copy_from_slice(&seed.to_le_bytes());
+    out[8..16].copy_from_slice(&(worker as u64).to_le_bytes());
+    out
+}
