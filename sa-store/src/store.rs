@@ -379,6 +379,11 @@ impl Store {
         gone
     }
 
+    /// Whether every worker had left all earlier states at the last [`reap`](Self::reap).
+    pub fn settled(&self) -> bool {
+        self.superseded.is_empty()
+    }
+
     /// SAs removed but not yet out of use.
     pub fn retiring(&self) -> usize {
         self.retiring.len()

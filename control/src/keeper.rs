@@ -1,0 +1,313 @@
+//! Keeps every SA's lease ahead of its use, and gives leases back when SAs are gone.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use sa_store::lease::policy::{Blocks, Renewal, end_of_numbers};
+use sa_store::lease::{Lease, LeaseError, LeaseWriter, Release};
+use sa_store::runtime::{SaEntry, Start};
+use sa_store::sa::{Direction, SaId, SaSpec};
+
+/// SAs looked at in one round beside those that carry traffic.
+const COLD: usize = 1024;
+
+/// The lease of one SA.
+#[derive(Clone, Debug)]
+pub struct Tracked {
+    name: String,
+    direction: Direction,
+    lease: Arc<Lease>,
+    renewal: Renewal,
+    /// Limit that was asked for.
+    asked: u64,
+    /// Outbound: first number that this SA may use. Another SA of the same key used those before.
+    first: u64,
+    heir: bool,
+    entry: Option<Arc<SaEntry>>,
+    /// Number at the last look.
+    seen: u64,
+}
+
+impl Tracked {
+    /// A lease that was just claimed for `spec`.
+    pub fn new(lease: Arc<Lease>, spec: &SaSpec) -> Self {
+        let renewal = Renewal::new(
+            Blocks::of(spec.direction, spec.esn),
+            end_of_numbers(spec.direction, spec.esn),
+        );
+        Self {
+            name: spec.name.clone(),
+            direction: spec.direction,
+            first: lease.resume(),
+            asked: lease.limit(),
+            seen: lease.resume(),
+            lease,
+            renewal,
+            heir: false,
+            entry: None,
+        }
+    }
+
+    /// Name of the SA.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The lease.
+    pub fn lease(&self) -> &Arc<Lease> {
+        &self.lease
+    }
+
+    /// Whether the lease was another SA's before.
+    pub fn is_heir(&self) -> bool {
+        self.heir
+    }
+
+    /// Where the SA begins. Only once [`is_durable`](Self::is_durable).
+    pub fn start(&self) -> Start {
+        match self.direction {
+            Direction::Out => Start {
+                next_seq: self.first,
+                lease_end: self.lease.limit(),
+                window_top: 0,
+            },
+            Direction::In => Start {
+                next_seq: 1,
+                lease_end: self.end(),
+                window_top: self.first,
+            },
+        }
+    }
+
+    /// Asks for more numbers if `used` says that they are wanted.
+    ///
+    /// # Errors
+    /// The writer is gone.
+    pub fn extend(
+        &mut self,
+        used: u64,
+        now: Duration,
+        writer: &LeaseWriter,
+    ) -> Result<(), LeaseError> {
+        // What was asked for counts as there: one request is under way at a time.
+        if let Some(limit) = self.renewal.poll(used, self.asked, now) {
+            self.asked = limit;
+            writer.advance(&self.lease, limit)?;
+        }
+        Ok(())
+    }
+
+    /// Whether everything asked for is on disk.
+    pub fn is_durable(&self) -> bool {
+        self.lease.limit() >= self.asked
+    }
+
+    /// With the running SA that uses it.
+    pub fn attached(mut self, entry: Arc<SaEntry>) -> Self {
+        self.entry = Some(entry);
+        self
+    }
+
+    /// How to give it back when its SA was never installed.
+    pub fn unused(self) -> (Arc<Lease>, Release) {
+        let at = Release::At(self.lease.resume());
+        (self.lease, at)
+    }
+
+    /// First number that may not be used or accepted yet.
+    fn end(&self) -> u64 {
+        match self.direction {
+            Direction::Out => self.lease.limit(),
+            Direction::In => self.lease.limit().saturating_add(1),
+        }
+    }
+
+    /// Highest number accepted, or next number to send.
+    fn used(entry: &SaEntry) -> u64 {
+        match entry.fixed.direction {
+            Direction::Out => entry.next_seq(),
+            Direction::In => entry.live.window.top(),
+        }
+    }
+
+    /// Passes on what became durable, asks for more. True when the SA carried something since the last look.
+    fn look(&mut self, now: Duration, writer: &LeaseWriter) -> Result<bool, LeaseError> {
+        let Some(entry) = self.entry.clone() else {
+            return Ok(false);
+        };
+        let used = Self::used(&entry);
+        let end = self.end();
+        if entry.lease_end() < end {
+            entry.extend_lease(end, self.renewal.renew_at(self.lease.limit()));
+        }
+        self.extend(used, now, writer)?;
+        let moved = used != self.seen;
+        self.seen = used;
+        Ok(moved || !self.is_durable())
+    }
+}
+
+/// How many SAs use a lease, and the highest number that any of those which are gone has used.
+#[derive(Debug, Default)]
+struct Shared {
+    users: usize,
+    used: u64,
+}
+
+/// All leases in use.
+#[derive(Debug, Default)]
+pub struct Keeper {
+    active: HashMap<SaId, Tracked>,
+    retired: HashMap<SaId, Tracked>,
+    shared: HashMap<LeasePtr, Shared>,
+    /// Round-robin over all.
+    order: VecDeque<SaId>,
+    hot: Vec<SaId>,
+}
+
+/// Tells leases apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct LeasePtr(usize);
+
+impl LeasePtr {
+    fn of(lease: &Arc<Lease>) -> Self {
+        Self(Arc::as_ptr(lease).addr())
+    }
+}
+
+impl Keeper {
+    /// Begins to keep the lease of a running SA.
+    pub fn track(&mut self, t: Tracked) {
+        let Some(id) = t.entry.as_ref().map(|e| e.fixed.id) else {
+            return;
+        };
+        self.shared.entry(LeasePtr::of(&t.lease)).or_default().users += 1;
+        self.order.push_back(id);
+        self.hot.push(id);
+        self.active.insert(id, t);
+    }
+
+    /// The lease of a running SA for another SA with the same key: disjoint numbers from now on, because the
+    /// running SA gets no more than it has.
+    pub fn heir_of(&self, id: SaId, spec: &SaSpec) -> Option<Tracked> {
+        let old = self.active.get(&id)?;
+        let mut heir = Tracked::new(Arc::clone(&old.lease), spec);
+        heir.heir = true;
+        heir.asked = old.asked;
+        heir.first = old.asked;
+        Some(heir)
+    }
+
+    /// The SA was removed; its lease ends when no worker uses it any more.
+    pub fn retire(&mut self, id: SaId) {
+        if let Some(t) = self.active.remove(&id) {
+            self.retired.insert(id, t);
+        }
+    }
+
+    /// Whether some removed SA is still in use.
+    pub fn is_retiring(&self) -> bool {
+        !self.retired.is_empty()
+    }
+
+    /// These SAs are out of use. Leases that nobody uses any more end at their exact numbers.
+    ///
+    /// # Errors
+    /// The store did not take it: the committed limits stand, nothing is reused.
+    pub fn gone(&mut self, ids: &[SaId], writer: &LeaseWriter) -> Result<(), LeaseError> {
+        let ended = ids
+            .iter()
+            .filter_map(|id| self.end(*id))
+            .collect::<Vec<_>>();
+        if ended.is_empty() {
+            Ok(())
+        } else {
+            writer.release_many(ended)
+        }
+    }
+
+    fn end(&mut self, id: SaId) -> Option<(Arc<Lease>, Release)> {
+        let t = self.retired.remove(&id)?;
+        let ptr = LeasePtr::of(&t.lease);
+        let shared = self.shared.get_mut(&ptr)?;
+        shared.users -= 1;
+        shared.used = shared
+            .used
+            .max(t.entry.as_ref().map_or(0, |e| Tracked::used(e)));
+        if shared.users > 0 {
+            return None;
+        }
+        let used = self.shared.remove(&ptr)?.used;
+        Some((t.lease, Release::At(used)))
+    }
+
+    /// Looks at the SAs that carry traffic, and at some of the others.
+    ///
+    /// # Errors
+    /// The writer is gone: no SA gets more numbers.
+    pub fn round(&mut self, now: Duration, writer: &LeaseWriter) -> Result<(), LeaseError> {
+        let mut hot = std::mem::take(&mut self.hot);
+        for _ in 0..COLD.min(self.order.len()) {
+            let Some(id) = self.order.pop_front() else {
+                break;
+            };
+            if self.active.contains_key(&id) {
+                self.order.push_back(id);
+                hot.push(id);
+            }
+        }
+        hot.sort_unstable();
+        hot.dedup();
+        for id in hot {
+            if let Some(t) = self.active.get_mut(&id)
+                && t.look(now, writer)?
+            {
+                self.hot.push(id);
+            }
+        }
+        Ok(())
+    }
+
+    /// SAs that carried something at the last look.
+    pub fn hot(&self) -> impl Iterator<Item = &Arc<SaEntry>> {
+        self.hot
+            .iter()
+            .filter_map(|id| self.active.get(id)?.entry.as_ref())
+    }
+
+    /// Ends all leases. `stopped`: the workers have let go of everything, so the exact numbers are known.
+    ///
+    /// # Errors
+    /// As [`gone`](Self::gone).
+    pub fn finish(&mut self, stopped: bool, writer: &LeaseWriter) -> Result<(), LeaseError> {
+        self.retired.extend(self.active.drain());
+        let ids: Vec<SaId> = self.retired.keys().copied().collect();
+        if stopped {
+            return self.gone(&ids, writer);
+        }
+        let mut ended: Vec<_> = ids.iter().filter_map(|id| self.end(*id)).collect();
+        for (_, how) in &mut ended {
+            *how = Release::Unknown;
+        }
+        writer.release_many(ended)
+    }
+
+    /// How many leases are kept.
+    pub fn len(&self) -> usize {
+        self.active.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.active.is_empty()
+    }
+
+    /// Leases whose store failed.
+    pub fn failed(&self) -> usize {
+        self.active
+            .values()
+            .filter(|t| t.lease.has_failed())
+            .count()
+    }
+}

@@ -1,0 +1,233 @@
+//! Reads everything that is exposed.
+
+use std::collections::BTreeMap;
+
+use prometheus::proto::MetricFamily;
+use sa_store::counters::Counter;
+use sa_store::drops::{Consumed, DropReason};
+use sa_store::ledger::{Generated, WorkerCounters};
+use sa_store::runtime::{SaEntry, TunnelIdx};
+use sa_store::sa::Direction;
+use sa_store::snapshot::{NO_SA, Snapshot};
+use sa_store::spd::{PolicyIdx, Spd};
+use sa_store::store::Totals;
+
+use super::families::Families;
+use super::table::*;
+use crate::core::Control;
+use crate::plane::PortReport;
+
+pub(super) fn all(c: &Control) -> Vec<MetricFamily> {
+    let mut f = Families::default();
+    let snapshot = c.store.current();
+    gateway(c, &snapshot, &mut f);
+    for (i, w) in c.plane.workers().iter().enumerate() {
+        worker(&i.to_string(), &w.counters, &mut f);
+    }
+    for p in c.plane.ports() {
+        port(&p, &mut f);
+    }
+    tunnels(c, &snapshot, &mut f);
+    sas(c, &snapshot, &mut f);
+    policies(c, &snapshot, &mut f);
+    for p in c.plane.providers() {
+        if p.selected {
+            f.add(&CRYPTO, &[&p.suite, &p.provider], 1);
+        }
+        if let Some(ns) = p.ns_per_packet {
+            f.add_f64(&CRYPTO_COST, &[&p.suite, &p.provider], ns / 1e9);
+        }
+    }
+    f.finish()
+}
+
+fn gateway(c: &Control, snapshot: &Snapshot, f: &mut Families) {
+    f.add(&BUILD, &[env!("CARGO_PKG_VERSION")], 1);
+    f.add(&START_TIME, &[], c.start_time);
+    f.add(&HEALTHY, &[], u64::from(c.problem().is_none()));
+    let (free, all) = c.plane.frames();
+    f.add(&FRAMES, &[], all);
+    f.add(&FRAMES_FREE, &[], free);
+    f.add(&LEASES, &[], c.keeper.len() as u64);
+    f.add(&LEASES_FAILED, &[], c.keeper.failed() as u64);
+    f.add(&EPOCH, &[], snapshot.epoch);
+    for (event, n) in c.events.counts() {
+        f.add(&SA_EVENTS, &[event], n);
+    }
+    f.add(&RELOADS, &["refused"], c.reloads[0]);
+    f.add(&RELOADS, &["loaded"], c.reloads[1]);
+    let last = c.last_reload.as_ref();
+    f.add(&RELOAD_OK, &[], u64::from(last.is_some_and(|r| r.ok)));
+    f.add(&RELOAD_TIME, &[], last.map_or(0, |r| r.time));
+    #[allow(clippy::cast_precision_loss, reason = "Prometheus samples are doubles")]
+    f.add_f64(&RELOAD_TOOK, &[], last.map_or(0, |r| r.millis) as f64 / 1e3);
+}
+
+fn worker(id: &str, w: &WorkerCounters, f: &mut Families) {
+    let plain: [(&Metric, &Counter); 11] = [
+        (&RECEIVED, &w.received),
+        (&SENT, &w.sent),
+        (&HANDED_IN, &w.handed_in),
+        (&HANDED_OUT, &w.handed_out),
+        (&PUNTED, &w.punted),
+        (&ENCRYPTED, &w.encrypted),
+        (&DECRYPTED, &w.decrypted),
+        (&BYPASSED, &w.bypassed),
+        (&WAITING, &w.waiting),
+        (&IN_FLIGHT, &w.in_flight),
+        (&SLEEPS, &w.sleeps),
+    ];
+    for (metric, counter) in plain {
+        f.add(metric, &[id], counter.value());
+    }
+    for (kind, n) in Generated::ALL.iter().zip(&w.generated) {
+        f.add(&GENERATED, &[id, kind.name()], n.value());
+    }
+    for (kind, n) in Consumed::ALL.iter().zip(&w.consumed) {
+        f.add(&CONSUMED, &[id, kind.name()], n.value());
+    }
+    // All reasons, also those at 0: a rate needs the sample before the first drop.
+    for (reason, n) in DropReason::ALL.iter().zip(&w.dropped) {
+        f.add(&DROPPED, &[id, reason.name()], n.value());
+    }
+    f.add(&POLLS, &[id, "busy"], w.busy_polls.value());
+    f.add(&POLLS, &[id, "idle"], w.idle_polls.value());
+    f.add(&FLOWS, &[id, "hit"], w.flow_hits.value());
+    f.add(&FLOWS, &[id, "miss"], w.flow_misses.value());
+    f.add_histogram(&BURST, &[id], &w.burst_latency);
+}
+
+fn port(p: &PortReport, f: &mut Families) {
+    f.add(&PORT_INFO, &[&p.name, &p.kind, &p.side, &p.mode, &p.mac], 1);
+    f.add(&PORT_MTU, &[&p.name], u64::from(p.mtu));
+    for (i, q) in p.queues.iter().enumerate() {
+        let queue = i.to_string();
+        for (metric, value) in [
+            (&PORT_RX, q.rx_packets),
+            (&PORT_RX_BYTES, q.rx_bytes),
+            (&PORT_RX_DROPPED, q.rx_dropped),
+            (&PORT_RX_ERRORS, q.rx_errors),
+            (&PORT_TX, q.tx_packets),
+            (&PORT_TX_BYTES, q.tx_bytes),
+            (&PORT_TX_ERRORS, q.tx_errors),
+        ] {
+            f.add(metric, &[&p.name, &queue], value);
+        }
+    }
+}
+
+fn errors(t: &Totals) -> [(&'static str, u64); 6] {
+    [
+        ("icv", t.icv_failed),
+        ("replay", t.replays),
+        ("malformed", t.malformed),
+        ("selector", t.selector),
+        ("limit", t.limit),
+        ("engine", t.engine),
+    ]
+}
+
+fn tunnels(c: &Control, snapshot: &Snapshot, f: &mut Families) {
+    let tunnels = c.store.tunnels();
+    for (i, (tunnel, (out, inbound))) in tunnels.iter().zip(c.store.totals()).enumerate() {
+        let idx = u32::try_from(i).unwrap_or(u32::MAX);
+        let up = snapshot.tunnels.at(TunnelIdx(idx).0).out != NO_SA;
+        f.add(&TUNNEL_UP, &[&tunnel.name], u64::from(up));
+        f.add(&TUNNEL_REKEYS, &[&tunnel.name], tunnel.rekeys);
+        f.add(&TUNNEL_LOST, &[&tunnel.name], inbound.lost);
+        for (direction, t) in [("out", &out), ("in", &inbound)] {
+            f.add(&TUNNEL_PACKETS, &[&tunnel.name, direction], t.packets);
+            f.add(&TUNNEL_BYTES, &[&tunnel.name, direction], t.bytes);
+            for (kind, n) in errors(t) {
+                f.add(&TUNNEL_ERRORS, &[&tunnel.name, direction, kind], n);
+            }
+        }
+    }
+}
+
+/// Name of a direction in labels.
+fn name_of(d: Direction) -> &'static str {
+    match d {
+        Direction::In => "in",
+        Direction::Out => "out",
+    }
+}
+
+fn sas(c: &Control, snapshot: &Snapshot, f: &mut Families) {
+    let mut by_direction = [("in", 0), ("out", 0)];
+    let mut by_suite: BTreeMap<(String, &str), u64> = BTreeMap::new();
+    let mut listed = 0;
+    let mut total = 0;
+    let now = c.plane.now();
+    for e in snapshot.sas.iter().flatten() {
+        total += 1;
+        by_direction[usize::from(e.fixed.direction == Direction::Out)].1 += 1;
+        *by_suite
+            .entry((e.spec.suite.to_string(), e.provider))
+            .or_default() += 1;
+        if listed < c.metrics_max_sas {
+            listed += 1;
+            sa(e, now, f);
+        }
+    }
+    for (direction, n) in by_direction {
+        f.add(&SAS, &[direction], n);
+    }
+    for ((suite, provider), n) in by_suite {
+        f.add(&SAS_SUITE, &[&suite, provider], n);
+    }
+    f.add(&SAS_RETIRING, &[], c.store.retiring() as u64);
+    f.add(&SAS_UNLISTED, &[], (total - listed) as u64);
+}
+
+fn sa(e: &SaEntry, now: u64, f: &mut Families) {
+    let t = Totals::of(e);
+    let spi = e.spec.spi.to_string();
+    let labels = [
+        e.spec.name.as_str(),
+        &e.spec.tunnel,
+        name_of(e.fixed.direction),
+        &spi,
+    ];
+    f.add(&SA_PACKETS, &labels, t.packets);
+    f.add(&SA_BYTES, &labels, t.bytes);
+    for (kind, n) in errors(&t) {
+        let [sa, tunnel, direction, spi] = labels;
+        f.add(&SA_ERRORS, &[sa, tunnel, direction, spi, kind], n);
+    }
+    let (sequence, next) = match e.fixed.direction {
+        Direction::Out => (e.next_seq(), e.next_seq()),
+        Direction::In => (e.live.window.top(), e.live.window.top().saturating_add(1)),
+    };
+    f.add(&SA_SEQUENCE, &labels, sequence);
+    f.add(&SA_LEASE, &labels, e.lease_end().saturating_sub(next));
+    f.add(
+        &SA_AGE,
+        &labels,
+        now.saturating_sub(e.installed_at) / 1_000_000_000,
+    );
+}
+
+fn policies(c: &Control, snapshot: &Snapshot, f: &mut Families) {
+    for (direction, spd) in [
+        (Direction::Out, &snapshot.spd_out),
+        (Direction::In, &snapshot.spd_in),
+    ] {
+        let name = name_of(direction);
+        f.add(&POLICIES, &[name], spd.len() as u64);
+        hits(c, direction, spd, f);
+        let hits = c.plane.policy_hits(direction, PolicyIdx::DEFAULT);
+        f.add(&POLICY_HITS, &["(default)", name, "discard"], hits);
+    }
+}
+
+fn hits(c: &Control, direction: Direction, spd: &Spd, f: &mut Families) {
+    for (idx, policy) in spd.policies().take(c.metrics_max_sas) {
+        let action = crate::api::action_name(&policy.action);
+        f.add(
+            &POLICY_HITS,
+            &[&policy.name, name_of(direction), action],
+            c.plane.policy_hits(direction, idx),
+        );
+    }
+}

@@ -1,0 +1,94 @@
+//! Every metric: its name, kind, labels and meaning. A name never changes its meaning.
+
+use prometheus::proto::MetricType;
+
+/// One metric.
+#[derive(Clone, Copy, Debug)]
+pub struct Metric {
+    /// Name.
+    pub name: &'static str,
+    /// Kind.
+    pub kind: MetricType,
+    /// Labels, in order.
+    pub labels: &'static [&'static str],
+    /// Meaning.
+    pub help: &'static str,
+}
+
+macro_rules! metrics {
+    ($($id:ident: $kind:ident $name:literal [$($label:literal),*] $help:literal;)*) => {
+        $(pub(super) const $id: Metric = Metric { name: $name, kind: MetricType::$kind, labels: &[$($label),*], help: $help };)*
+        /// All of them.
+        pub const ALL: &[Metric] = &[$($id),*];
+    };
+}
+
+metrics! {
+    BUILD: GAUGE "esplanade_build_info" ["version"] "Always 1; the version is in the label.";
+    START_TIME: GAUGE "esplanade_start_time_seconds" [] "When the gateway started, seconds since 1970.";
+    HEALTHY: GAUGE "esplanade_healthy" [] "1 while every worker makes progress.";
+    FRAMES: GAUGE "esplanade_frames" [] "Packet buffers.";
+    FRAMES_FREE: GAUGE "esplanade_frames_free" [] "Packet buffers in the shared stock; those that workers keep at hand are not counted.";
+
+    RECEIVED: COUNTER "esplanade_worker_received_frames_total" ["worker"] "Frames taken from ports.";
+    SENT: COUNTER "esplanade_worker_sent_frames_total" ["worker"] "Frames accepted by ports.";
+    HANDED_IN: COUNTER "esplanade_worker_handed_in_frames_total" ["worker"] "Frames that other workers handed to this one because it owns their SA.";
+    HANDED_OUT: COUNTER "esplanade_worker_handed_out_frames_total" ["worker"] "Frames handed to the worker that owns their SA.";
+    PUNTED: COUNTER "esplanade_worker_punted_frames_total" ["worker"] "Frames given to the exception path.";
+    ENCRYPTED: COUNTER "esplanade_worker_encrypted_packets_total" ["worker"] "Packets encrypted and sent on.";
+    DECRYPTED: COUNTER "esplanade_worker_decrypted_packets_total" ["worker"] "Packets decrypted and accepted.";
+    BYPASSED: COUNTER "esplanade_worker_bypassed_packets_total" ["worker"] "Clear packets forwarded by a bypass policy.";
+    GENERATED: COUNTER "esplanade_worker_generated_frames_total" ["worker", "kind"] "Frames that the gateway made itself.";
+    CONSUMED: COUNTER "esplanade_worker_consumed_frames_total" ["worker", "kind"] "Frames that ended inside the gateway for a good reason.";
+    DROPPED: COUNTER "esplanade_dropped_frames_total" ["worker", "reason"] "Frames dropped; deploy/drop-reasons.md explains each reason.";
+    WAITING: GAUGE "esplanade_worker_waiting_frames" ["worker"] "Frames held now: transmit backlog, reassembly.";
+    IN_FLIGHT: GAUGE "esplanade_worker_in_flight_frames" ["worker"] "Frames inside engines now.";
+    POLLS: COUNTER "esplanade_worker_polls_total" ["worker", "result"] "Poll rounds that found work (busy) or none (idle).";
+    SLEEPS: COUNTER "esplanade_worker_sleeps_total" ["worker"] "Times that the worker went to sleep.";
+    BURST: HISTOGRAM "esplanade_worker_burst_seconds" ["worker"] "Time from receiving a burst to having it sent.";
+    FLOWS: COUNTER "esplanade_worker_flow_cache_lookups_total" ["worker", "result"] "Flow cache look-ups that were answered (hit) or needed the policies (miss).";
+
+    PORT_INFO: GAUGE "esplanade_port_info" ["port", "kind", "side", "mode", "mac"] "Always 1; what the port is.";
+    PORT_MTU: GAUGE "esplanade_port_mtu_bytes" ["port"] "Largest IP packet.";
+    PORT_RX: COUNTER "esplanade_port_receive_frames_total" ["port", "queue"] "Frames received.";
+    PORT_RX_BYTES: COUNTER "esplanade_port_receive_bytes_total" ["port", "queue"] "Bytes received, Ethernet header included.";
+    PORT_RX_DROPPED: COUNTER "esplanade_port_receive_dropped_total" ["port", "queue"] "Frames lost before the gateway saw them: no buffer, ring full.";
+    PORT_RX_ERRORS: COUNTER "esplanade_port_receive_errors_total" ["port", "queue"] "Frames that arrived broken or too long.";
+    PORT_TX: COUNTER "esplanade_port_transmit_frames_total" ["port", "queue"] "Frames sent.";
+    PORT_TX_BYTES: COUNTER "esplanade_port_transmit_bytes_total" ["port", "queue"] "Bytes sent, Ethernet header included.";
+    PORT_TX_ERRORS: COUNTER "esplanade_port_transmit_errors_total" ["port", "queue"] "Frames accepted for sending that could not be sent.";
+
+    TUNNEL_UP: GAUGE "esplanade_tunnel_up" ["tunnel"] "1 while the tunnel has an outbound SA.";
+    TUNNEL_PACKETS: COUNTER "esplanade_tunnel_packets_total" ["tunnel", "direction"] "Packets carried, over all rekeys.";
+    TUNNEL_BYTES: COUNTER "esplanade_tunnel_bytes_total" ["tunnel", "direction"] "Bytes of inner packets carried, over all rekeys.";
+    TUNNEL_ERRORS: COUNTER "esplanade_tunnel_errors_total" ["tunnel", "direction", "kind"] "Packets refused, over all rekeys.";
+    TUNNEL_LOST: COUNTER "esplanade_tunnel_lost_packets_total" ["tunnel"] "Sequence numbers that never arrived, over all rekeys.";
+    TUNNEL_REKEYS: COUNTER "esplanade_tunnel_rekeys_total" ["tunnel"] "Outbound SAs that replaced another.";
+
+    SAS: GAUGE "esplanade_sas" ["direction"] "SAs installed.";
+    SAS_RETIRING: GAUGE "esplanade_sas_retiring" [] "SAs removed that some worker may still use.";
+    SAS_SUITE: GAUGE "esplanade_sas_by_suite" ["suite", "provider"] "SAs by suite and crypto provider.";
+    SAS_UNLISTED: GAUGE "esplanade_sas_unlisted" [] "SAs without metrics of their own, because there are more than metrics.max_sas.";
+    SA_PACKETS: COUNTER "esplanade_sa_packets_total" ["sa", "tunnel", "direction", "spi"] "Packets carried.";
+    SA_BYTES: COUNTER "esplanade_sa_bytes_total" ["sa", "tunnel", "direction", "spi"] "Bytes of inner packets carried.";
+    SA_ERRORS: COUNTER "esplanade_sa_errors_total" ["sa", "tunnel", "direction", "spi", "kind"] "Packets refused.";
+    SA_SEQUENCE: GAUGE "esplanade_sa_sequence_number" ["sa", "tunnel", "direction", "spi"] "Outbound: next number. Inbound: highest number authenticated.";
+    SA_LEASE: GAUGE "esplanade_sa_lease_remaining" ["sa", "tunnel", "direction", "spi"] "Sequence numbers that are on disk and not used yet.";
+    SA_AGE: GAUGE "esplanade_sa_age_seconds" ["sa", "tunnel", "direction", "spi"] "Time since the SA was installed.";
+    SA_EVENTS: COUNTER "esplanade_sa_events_total" ["event"] "Events of SAs: limits, sequence space, leases, forged packets.";
+
+    POLICIES: GAUGE "esplanade_policies" ["direction"] "Policies, the default discard not counted.";
+    POLICY_HITS: COUNTER "esplanade_policy_hits_total" ["policy", "direction", "action"] "Packets that the policy decided about.";
+
+    LEASES: GAUGE "esplanade_leases" [] "Sequence leases in use.";
+    LEASES_FAILED: GAUGE "esplanade_leases_failed" [] "Leases that cannot be extended because the lease store failed.";
+    EPOCH: GAUGE "esplanade_snapshot_epoch" [] "Number of the published snapshot.";
+
+    RELOAD_OK: GAUGE "esplanade_config_last_reload_successful" [] "1 when the SA files, as last read, are what runs.";
+    RELOAD_TIME: GAUGE "esplanade_config_last_reload_timestamp_seconds" [] "When the SA files were last read, seconds since 1970.";
+    RELOAD_TOOK: GAUGE "esplanade_config_last_reload_duration_seconds" [] "How long that took.";
+    RELOADS: COUNTER "esplanade_config_reloads_total" ["result"] "Reloads of the SA files.";
+
+    CRYPTO: GAUGE "esplanade_crypto_provider_info" ["suite", "provider"] "Always 1; which provider serves the suite.";
+    CRYPTO_COST: GAUGE "esplanade_crypto_packet_seconds" ["suite", "provider"] "Time to seal a packet of 1420 bytes, measured at start.";
+}

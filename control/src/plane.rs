@@ -1,0 +1,134 @@
+//! What control needs of the data path. The gateway implements it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use sa_store::ledger::WorkerCounters;
+use sa_store::sa::Direction;
+use sa_store::spd::PolicyIdx;
+use serde::{Deserialize, Serialize};
+
+/// Counters of one queue pair of a port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueCounters {
+    /// Frames received.
+    pub rx_packets: u64,
+    /// Bytes received.
+    pub rx_bytes: u64,
+    /// Frames lost before the gateway saw them.
+    pub rx_dropped: u64,
+    /// Frames that arrived broken.
+    pub rx_errors: u64,
+    /// Frames sent.
+    pub tx_packets: u64,
+    /// Bytes sent.
+    pub tx_bytes: u64,
+    /// Frames that could not be sent.
+    pub tx_errors: u64,
+}
+
+/// A worker, for reports.
+#[derive(Clone, Debug)]
+pub struct WorkerView {
+    /// Its account.
+    pub counters: Arc<WorkerCounters>,
+    /// CPU that it is pinned to.
+    pub cpu: Option<usize>,
+}
+
+/// A port, for reports.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PortReport {
+    /// Operator's name.
+    pub name: String,
+    /// `af_xdp`, `tap`, `pcap`, `memory`.
+    pub kind: String,
+    /// `inside` or `outside`.
+    pub side: String,
+    /// How frames cross it: `zero-copy`, `copy`, …
+    pub mode: String,
+    /// Ethernet address.
+    pub mac: String,
+    /// Largest IP packet, bytes.
+    pub mtu: u32,
+    /// Counters by queue.
+    pub queues: Vec<QueueCounters>,
+}
+
+/// Which crypto provider serves a suite, and what it costs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ProviderReport {
+    /// Suite.
+    pub suite: String,
+    /// Provider.
+    pub provider: String,
+    /// Whether it is the one in use.
+    pub selected: bool,
+    /// Measured at start: nanoseconds to seal one packet of 1420 bytes; absent when it was not measured.
+    pub ns_per_packet: Option<f64>,
+}
+
+/// A capture to start.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CaptureRequest {
+    /// Port.
+    pub port: String,
+    /// File to write, on the gateway's machine.
+    pub file: PathBuf,
+    /// Stop after this many frames.
+    #[serde(default)]
+    pub packets: Option<u64>,
+    /// Bytes kept of each frame.
+    #[serde(default)]
+    pub snap: Option<u32>,
+}
+
+/// What a capture holds so far.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CaptureReport {
+    /// Port.
+    pub port: String,
+    /// File.
+    pub file: PathBuf,
+    /// Frames written.
+    pub packets: u64,
+    /// Frames that could not be written.
+    pub lost: u64,
+}
+
+/// The running data path.
+pub trait DataPlane: Send + Sync {
+    /// Workers by number.
+    fn workers(&self) -> &[WorkerView];
+
+    /// Ports by number.
+    fn ports(&self) -> Vec<PortReport>;
+
+    /// Crypto providers.
+    fn providers(&self) -> Vec<ProviderReport>;
+
+    /// Packets that a policy decided about, all workers together.
+    fn policy_hits(&self, direction: Direction, policy: PolicyIdx) -> u64;
+
+    /// Gateway clock, nanoseconds: the one that workers use.
+    fn now(&self) -> u64;
+
+    /// Whether every worker's thread still runs.
+    fn alive(&self) -> bool;
+
+    /// Frames that are free in packet memory, and how many there are.
+    fn frames(&self) -> (u64, u64);
+
+    /// Starts a capture on a port.
+    ///
+    /// # Errors
+    /// Why not, for the operator.
+    fn capture_start(&self, request: &CaptureRequest) -> Result<(), String>;
+
+    /// Ends the capture on a port.
+    ///
+    /// # Errors
+    /// There is none.
+    fn capture_stop(&self, port: &str) -> Result<CaptureReport, String>;
+}
