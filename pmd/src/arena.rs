@@ -1,8 +1,9 @@
 //! One memory mapping cut into equal frames.
 //!
 //! The memory comes from a memfd, so that the very same frames can be registered as an AF_XDP UMEM, mapped for DMA or shared
-//! with a trusted device model. Huge pages are used when the system has some free; otherwise normal pages, all touched at
-//! start and locked when allowed, so that the data path never faults.
+//! with a trusted device model. Huge pages are taken from the system's pool when enough are free (1 GiB, then 2 MiB);
+//! otherwise normal pages, which the kernel is asked to gather into transparent huge ones (Linux 6.1; needs no reservation
+//! and no privilege). All are touched at start and locked when allowed, so that the data path never faults.
 //!
 //! **Who owns a frame.** Each frame is at any time in exactly one of: the depot here, one pool, one [`Frame`] handle, one
 //! device ([`RawFrame`]). The mapping outlives them all: an arena that is dropped while frames are missing keeps its mapping
@@ -12,7 +13,6 @@
 //! strides the default head-room of neighbouring frames differs by up to seven cache lines, where at least 1664 bytes stay
 //! free behind it. An odd number of cache lines as stride (2112, say) needs no colours.
 
-use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
@@ -183,7 +183,7 @@ impl Arena {
             stride,
             bytes = mapping.len(),
             page_size = mapping.page_size(),
-            transparent_huge = mapping.transparent_huge(),
+            huge_bytes = mapping.huge_bytes(),
             locked = mapping.locked(),
             "packet memory mapped"
         );
@@ -241,12 +241,16 @@ impl Arena {
         self.len == 0
     }
 
-    /// The memfd behind the mapping, to share it with a device model.
-    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+    /// The memfd behind the mapping and the place of the first frame in it, to share it with a device model.
+    pub fn fd(&self) -> Option<(BorrowedFd<'_>, u64)> {
         self.mapping
             .as_ref()
-            .and_then(Mapping::file)
-            .map(File::as_fd)
+            .map(|m| (m.file().as_fd(), m.file_offset()))
+    }
+
+    /// How many of the bytes lie in huge pages, reserved or transparent ones.
+    pub fn huge_bytes(&self) -> usize {
+        self.mapping.as_ref().map_or(0, Mapping::huge_bytes)
     }
 
     /// Size of the pages that were got, in bytes.
@@ -347,10 +351,8 @@ impl Arena {
     /// `index < frames`, and the caller owns that frame (took its index out of the depot or a pool, or back from a device).
     #[inline(always)]
     pub(crate) unsafe fn frame_at_index(&self, index: u32) -> Frame {
-        let colour = match self.colours {
-            1 => 0,
-            k => u16::try_from(index % u32::from(k)).unwrap_or(0) * 64,
-        };
+        // The number of colours is a power of two.
+        let colour = u16::try_from(index & u32::from(self.colours - 1)).unwrap_or(0) * 64;
         // SAFETY: index < frames, so the frame lies in the mapping; the memory of a memfd is zero-initialised; ownership is
         // the caller's promise.
         unsafe {
@@ -436,12 +438,14 @@ pub(crate) fn bring_home(id: u32, index: u32) {
     }
 }
 
-/// How many different head-rooms neighbouring frames get; see the module text.
+/// How many different head-rooms neighbouring frames get, a power of two; see the module text.
 fn colours(stride: u16, headroom: u16) -> u16 {
     if !stride.is_multiple_of(1024) {
         return 1;
     }
-    (stride.saturating_sub(headroom).saturating_sub(1664) / 64 + 1).min(8)
+    let most = stride.saturating_sub(headroom).saturating_sub(1664) / 64 + 1;
+    // A power of two, so that a frame's colour is cheap to find.
+    (1 << most.ilog2()).min(8)
 }
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -553,6 +557,35 @@ mod tests {
         assert!(f.set_data(b"still here"));
         assert_eq!(f.data(), b"still here");
         f.give_back();
+    }
+
+    #[test]
+    #[cfg(not(miri))]
+    fn the_memory_can_be_mapped_again_from_its_file() {
+        for huge in [HugePolicy::Auto, HugePolicy::Never] {
+            let arena = Arena::new(ArenaConfig {
+                huge,
+                ..config(2048, 2048)
+            })
+            .unwrap();
+            let mut pool = Pool::new(&arena, 4);
+            let mut f = pool.get().unwrap();
+            assert!(f.set_data(b"seen from elsewhere"));
+            let (fd, offset) = arena.fd().unwrap();
+            // SAFETY: nobody writes to the frame while the second mapping is looked at.
+            let again = unsafe {
+                memmap2::MmapOptions::new()
+                    .offset(offset)
+                    .len(arena.len())
+                    .map(&fd)
+            }
+            .unwrap();
+            let at = usize::try_from(arena.offset_of(&f)).unwrap();
+            assert_eq!(&again[at..at + f.len()], f.data());
+            assert!(arena.base().addr().is_multiple_of(4096));
+            assert!(arena.huge_bytes() <= arena.len());
+            pool.put(f);
+        }
     }
 
     #[test]

@@ -94,10 +94,10 @@ impl Pool {
         let mut left = n;
         loop {
             let k = left.min(self.free.len());
-            for index in self.free.drain(self.free.len() - k..).rev() {
-                // SAFETY: the index was this pool's and is so no longer: the new handle is the frame's only owner.
-                out.push(unsafe { self.arena.frame_at_index(index) });
-            }
+            let arena = &self.arena;
+            let taken = self.free.drain(self.free.len() - k..).rev();
+            // SAFETY: the index was this pool's and is so no longer: the new handle is the frame's only owner.
+            out.extend(taken.map(|index| unsafe { arena.frame_at_index(index) }));
             left -= k;
             if left == 0 || self.refill() == 0 {
                 break;
@@ -127,9 +127,20 @@ impl Pool {
     /// Takes all frames of `frames` back, as [`Pool::put`].
     #[inline]
     pub fn put_bulk(&mut self, frames: &mut Vec<Frame>) {
-        for frame in frames.drain(..) {
-            self.put(frame);
+        if !frames.iter().all(|f| self.arena.owns(f)) {
+            frames.drain(..).for_each(|f| self.put(f));
+            return;
         }
+        while !frames.is_empty() {
+            // Below twice the cache there is room for one at least.
+            let k = frames.len().min(2 * self.cache - self.free.len());
+            let put = frames.drain(frames.len() - k..);
+            self.free.extend(put.map(Frame::into_index));
+            if self.free.len() >= 2 * self.cache {
+                self.spill();
+            }
+        }
+        self.note_level();
     }
 
     /// Frames that could be got now: the pool's own and the depot's.

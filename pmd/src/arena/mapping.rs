@@ -16,8 +16,13 @@ const GIB1: usize = 1 << 30;
 pub(super) struct Mapping {
     map: MmapRaw,
     file: File,
+    /// Bytes of the mapping before the first frame.
+    skip: usize,
+    /// Place of the first frame in the file.
+    file_offset: u64,
+    len: usize,
     page_size: usize,
-    transparent_huge: bool,
+    huge_bytes: usize,
     locked: bool,
 }
 
@@ -30,7 +35,7 @@ impl Mapping {
                 if page == GIB1 && len < GIB1 / 4 * 3 {
                     continue;
                 }
-                match Mapping::with_pages(len, page, config) {
+                match Mapping::with_huge_pages(len, page, &config.name) {
                     Ok(mapping) => return Ok(mapping),
                     Err(e) => {
                         tracing::debug!(arena = %config.name, page, error = %e, "no huge pages");
@@ -45,63 +50,155 @@ impl Mapping {
                 source: refused,
             });
         }
-        let page = normal_page_size();
-        Mapping::with_pages(len, page, config)
+        Mapping::with_normal_pages(len, config)
             .map_err(|source| ArenaError::NoMemory { bytes: len, source })
     }
 
-    fn with_pages(len: usize, page: usize, config: &ArenaConfig) -> io::Result<Mapping> {
-        let huge = page >= MIB2;
-        let len = len
-            .checked_next_multiple_of(page)
-            .ok_or(io::ErrorKind::OutOfMemory)?;
-        let file = memfd(&config.name, page)?;
+    /// Pages from the system's pool of huge pages, which are never swapped.
+    fn with_huge_pages(len: usize, page: usize, name: &str) -> io::Result<Mapping> {
+        let len = round_up(len, page)?;
+        let file = memfd(name, page)?;
         file.set_len(len as u64)?;
         let map = MmapOptions::new().len(len).populate().map_raw(&file)?;
-        let transparent_huge = !huge
-            && config.huge != HugePolicy::Never
-            && map.advise(memmap2::Advice::HugePage).is_ok()
-            && shmem_honours_advice();
-        // Pages from the huge-page pool are never swapped, so only normal ones have anything to lock.
-        let locked = huge || (config.lock
-            && map
-                .lock()
-                .inspect_err(|e| {
-                    tracing::info!(arena = %config.name, error = %e, "packet memory is not locked");
-                })
-                .is_ok());
         Ok(Mapping {
             map,
             file,
+            skip: 0,
+            file_offset: 0,
+            len,
             page_size: page,
-            transparent_huge,
-            locked,
+            huge_bytes: len,
+            locked: true,
         })
     }
 
+    /// Normal pages, gathered into transparent huge ones where the kernel can, touched and locked.
+    fn with_normal_pages(len: usize, config: &ArenaConfig) -> io::Result<Mapping> {
+        let page = normal_page_size();
+        let len = round_up(len, page)?;
+        let file = memfd(&config.name, page)?;
+        // One huge page more, so that a place where file and address are both aligned can be chosen.
+        file.set_len(
+            len.checked_add(2 * MIB2)
+                .ok_or(io::ErrorKind::OutOfMemory)? as u64,
+        )?;
+        let (map, skip, file_offset) = if config.huge == HugePolicy::Never {
+            (MmapOptions::new().len(len).map_raw(&file)?, 0, 0)
+        } else {
+            map_congruent(&file, len)?
+        };
+        let mut mapping = Mapping {
+            map,
+            file,
+            skip,
+            file_offset,
+            len,
+            page_size: page,
+            huge_bytes: 0,
+            locked: false,
+        };
+        mapping.touch();
+        if config.huge != HugePolicy::Never {
+            // Only what is there can be gathered.
+            mapping.huge_bytes = mapping.collapse();
+        }
+        if config.lock {
+            // Not the whole mapping: what lies before and behind the frames is never used.
+            // SAFETY: the range lies in the mapping; locking changes no content.
+            if unsafe { libc::mlock(mapping.base().as_ptr().cast(), len) } == 0 {
+                mapping.locked = true;
+            } else {
+                let error = io::Error::last_os_error();
+                tracing::info!(arena = %config.name, %error, "packet memory is not locked");
+            }
+        }
+        Ok(mapping)
+    }
+
+    /// Makes each aligned 2 MiB one huge page (Linux 6.1); returns how many bytes that worked for.
+    fn collapse(&self) -> usize {
+        let mut huge = 0;
+        while huge + MIB2 <= self.len {
+            let at = self.map.as_mut_ptr().wrapping_add(self.skip + huge);
+            // SAFETY: the range lies in the mapping, which holds no references yet; the call changes no content.
+            if unsafe { libc::madvise(at.cast(), MIB2, libc::MADV_COLLAPSE) } != 0 {
+                tracing::debug!(error = %io::Error::last_os_error(), "no transparent huge pages");
+                break;
+            }
+            huge += MIB2;
+        }
+        huge
+    }
+
+    /// Touches every page, so that none is missing when packets flow.
+    fn touch(&self) {
+        let base = self.base().as_ptr();
+        for at in (0..self.len).step_by(self.page_size) {
+            // SAFETY: the byte lies in the mapping; nobody else has it yet.
+            unsafe { base.add(at).write_volatile(0) };
+        }
+    }
+
+    /// The first frame.
     pub(super) fn base(&self) -> NonNull<u8> {
-        NonNull::new(self.map.as_mut_ptr()).unwrap_or(NonNull::dangling())
+        NonNull::new(self.map.as_mut_ptr().wrapping_add(self.skip)).unwrap_or(NonNull::dangling())
     }
 
+    /// Bytes for frames.
     pub(super) fn len(&self) -> usize {
-        self.map.len()
+        self.len
     }
 
-    pub(super) fn file(&self) -> Option<&File> {
-        Some(&self.file)
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub(super) fn file_offset(&self) -> u64 {
+        self.file_offset
     }
 
     pub(super) fn page_size(&self) -> usize {
         self.page_size
     }
 
-    pub(super) fn transparent_huge(&self) -> bool {
-        self.transparent_huge
+    /// Bytes in huge pages, of either kind.
+    pub(super) fn huge_bytes(&self) -> usize {
+        self.huge_bytes
     }
 
     pub(super) fn locked(&self) -> bool {
         self.locked
     }
+}
+
+/// Maps the file so that addresses and file offsets agree modulo 2 MiB, which huge pages need. Returns the mapping, and the
+/// first place in it, and in the file, where both are multiples of 2 MiB.
+fn map_congruent(file: &File, len: usize) -> io::Result<(MmapRaw, usize, u64)> {
+    let map = |offset: usize| {
+        MmapOptions::new()
+            .offset(offset as u64)
+            .len(len + MIB2)
+            .map_raw(file)
+    };
+    // The address cannot be asked for, but what was just freed is given again, unless another thread takes it.
+    let mut remainder = 0;
+    for _ in 0..4 {
+        let mapping = map(remainder)?;
+        let now = mapping.as_mut_ptr().addr() % MIB2;
+        if now == remainder {
+            let skip = (MIB2 - remainder) % MIB2;
+            return Ok((mapping, skip, (remainder + skip) as u64));
+        }
+        remainder = now;
+    }
+    // Works as well, without huge pages.
+    Ok((map(0)?, 0, 0))
+}
+
+fn round_up(len: usize, page: usize) -> io::Result<usize> {
+    len.checked_next_multiple_of(page)
+        .filter(|n| n.checked_add(2 * MIB2).is_some())
+        .ok_or_else(|| io::ErrorKind::OutOfMemory.into())
 }
 
 fn memfd(name: &str, page: usize) -> io::Result<File> {
@@ -125,14 +222,6 @@ fn memfd(name: &str, page: usize) -> io::Result<File> {
     let file = unsafe { File::from_raw_fd(fd) };
     debug_assert!(file.as_raw_fd() >= 0);
     Ok(file)
-}
-
-fn shmem_honours_advice() -> bool {
-    std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled").is_ok_and(|s| {
-        ["[advise]", "[always]", "[within_size]", "[force]"]
-            .iter()
-            .any(|m| s.contains(m))
-    })
 }
 
 fn normal_page_size() -> usize {
