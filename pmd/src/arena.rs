@@ -560,7 +560,6 @@ mod tests {
     }
 
     #[test]
-    #[cfg(not(miri))]
     fn the_memory_can_be_mapped_again_from_its_file() {
         for huge in [HugePolicy::Auto, HugePolicy::Never] {
             let arena = Arena::new(ArenaConfig {

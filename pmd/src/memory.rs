@@ -309,7 +309,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 64 }))]
+        #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn no_frame_is_lost_doubled_or_reordered(
             ring in 1usize..20,
@@ -346,7 +346,7 @@ mod tests {
 
     #[test]
     fn two_threads_exchange_every_frame_in_order() {
-        let total: u32 = if cfg!(miri) { 200 } else { 200_000 };
+        let total: u32 = 200_000;
         let arena = arena(512);
         let (mut a, mut b) = ends(&arena, 64);
         let mut pool = Pool::new(&arena, 32);

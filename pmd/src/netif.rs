@@ -185,7 +185,6 @@ mod tests {
     }
 
     #[test]
-    #[cfg(not(miri))]
     fn the_loopback_interface_answers() {
         let lo = Interface::new(IfName::parse("lo").unwrap()).unwrap();
         assert!(lo.index().unwrap() > 0 && lo.mtu().unwrap() > 0);

@@ -237,7 +237,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 64 }))]
+        #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn no_frame_is_lost_or_doubled_by_any_order_of_calls(
             cache in 1usize..9,

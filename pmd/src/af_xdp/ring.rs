@@ -175,3 +175,105 @@ impl<T: Copy> Ring<T, Consume> {
             .store(self.own, Ordering::Release);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::VecDeque;
+
+    const OFFSETS: libc::xdp_ring_offset = libc::xdp_ring_offset {
+        producer: 0,
+        consumer: 64,
+        desc: 192,
+        flags: 128,
+    };
+
+    /// Both ends of one ring in a shared file, as the kernel and we have them; the indexes begin at `start`.
+    fn both_ends(size: u32, start: u32) -> (Ring<u64, Produce>, Ring<u64, Consume>) {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let fd = OwnedFd::from(file);
+        let first = Ring::<u64, Produce>::map(&fd, 0, OFFSETS, size).unwrap();
+        for offset in [OFFSETS.producer, OFFSETS.consumer] {
+            first.word(offset).store(start, Ordering::Relaxed);
+        }
+        (
+            Ring::map(&fd, 0, OFFSETS, size).unwrap(),
+            Ring::map(&fd, 0, OFFSETS, size).unwrap(),
+        )
+    }
+
+    #[test]
+    fn offsets_outside_the_mapping_are_refused() {
+        let fd = OwnedFd::from(tempfile::tempfile().unwrap());
+        let map = |offsets, size| Ring::<u64, Consume>::map(&fd, 0, offsets, size).is_err();
+        assert!(map(OFFSETS, 3));
+        assert!(map(
+            libc::xdp_ring_offset {
+                flags: 2,
+                ..OFFSETS
+            },
+            4
+        ));
+        assert!(map(libc::xdp_ring_offset { desc: 4, ..OFFSETS }, 4));
+        assert!(map(
+            libc::xdp_ring_offset {
+                desc: u64::MAX - 7,
+                ..OFFSETS
+            },
+            4
+        ));
+        assert!(map(
+            libc::xdp_ring_offset {
+                producer: 4096,
+                ..OFFSETS
+            },
+            4
+        ));
+    }
+
+    #[test]
+    fn the_wake_up_flag_is_the_kernels() {
+        let (ring, _) = both_ends(4, 0);
+        assert!(!ring.needs_wakeup());
+        ring.word(OFFSETS.flags)
+            .store(libc::XDP_RING_NEED_WAKEUP, Ordering::Relaxed);
+        assert!(ring.needs_wakeup());
+    }
+
+    proptest! {
+        #[test]
+        fn entries_cross_once_and_in_order_also_where_the_indexes_wrap(
+            log in 0u32..6,
+            start in prop_oneof![Just(0u32), (u32::MAX - 40)..],
+            steps in prop::collection::vec((any::<bool>(), 0u32..40), 1..80),
+        ) {
+            let size = 1 << log;
+            let (mut tx, mut rx) = both_ends(size, start);
+            let mut model = VecDeque::new();
+            let mut next = 0u64;
+            for (send, n) in steps {
+                if send {
+                    let free = tx.free();
+                    prop_assert_eq!(free as usize, size as usize - model.len());
+                    for _ in 0..n.min(free) {
+                        tx.push(next);
+                        model.push_back(next);
+                        next += 1;
+                    }
+                    tx.submit();
+                } else {
+                    let ready = rx.ready();
+                    prop_assert!(ready as usize <= model.len());
+                    prop_assert!(ready > 0 || model.is_empty());
+                    for _ in 0..n.min(ready) {
+                        prop_assert_eq!(Some(rx.pop()), model.pop_front());
+                    }
+                    rx.release();
+                }
+                prop_assert_eq!(tx.pending() as usize, model.len());
+            }
+        }
+    }
+}
