@@ -9,6 +9,10 @@ pub mod decap;
 pub mod ecn;
 pub mod encap;
 pub mod iv;
+#[cfg(test)]
+mod roundtrip;
+#[cfg(test)]
+mod testing;
 
 use pmd::Frame;
 

@@ -1,0 +1,166 @@
+//! Packets, frames and SAs for the tests of this directory.
+
+use std::sync::Arc;
+
+use pmd::{Arena, ArenaConfig, Frame, HugePolicy, Pool};
+use sa_store::sa::*;
+use sa_store::suite::Suite;
+
+use crate::crypto::differential::keys;
+use crate::wire::ipv4::Ipv4Repr;
+use crate::wire::ipv6::Ipv6Repr;
+use crate::wire::udp::UdpRepr;
+use crate::wire::{Family, NattPorts, Parsed, checksum, parse_ip, proto};
+
+pub(super) const NATT: NattPorts = NattPorts([4500, 4500]);
+
+pub(super) fn pool(frames: u32, stride: u32) -> (Arc<Arena>, Pool) {
+    let arena = Arena::new(ArenaConfig {
+        frames,
+        stride,
+        huge: HugePolicy::Never,
+        lock: false,
+        ..ArenaConfig::default()
+    })
+    .unwrap();
+    let pool = Pool::new(&arena, 8);
+    (arena, pool)
+}
+
+pub(super) fn frame(pool: &mut Pool, bytes: &[u8]) -> Frame {
+    let mut f = pool.get().unwrap();
+    assert!(f.set_data(bytes));
+    f
+}
+
+pub(super) fn parsed(bytes: &[u8]) -> Parsed {
+    parse_ip(bytes, NATT).unwrap()
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Ip {
+    pub(super) family: Family,
+    pub(super) tos: u8,
+    pub(super) ttl: u8,
+    pub(super) frag: u16,
+    pub(super) id: u16,
+}
+
+impl Ip {
+    pub(super) fn new(family: Family) -> Self {
+        Self {
+            family,
+            tos: 0,
+            ttl: 64,
+            frag: 0,
+            id: 1,
+        }
+    }
+
+    pub(super) fn packet(self, next: u8, payload: &[u8]) -> Vec<u8> {
+        match self.family {
+            Family::V4 => {
+                let mut h = [0u8; 20];
+                Ipv4Repr {
+                    src: [10, 1, 0, 1].into(),
+                    dst: [10, 2, 0, 2].into(),
+                    proto: next,
+                    ttl: self.ttl,
+                    tos: self.tos,
+                    id: self.id,
+                    frag: self.frag,
+                    payload_len: u16::try_from(payload.len()).unwrap(),
+                }
+                .emit(&mut h);
+                [&h[..], payload].concat()
+            }
+            Family::V6 => {
+                let mut h = [0u8; 40];
+                Ipv6Repr {
+                    src: "2001:db8:1::1".parse().unwrap(),
+                    dst: "2001:db8:2::2".parse().unwrap(),
+                    next_header: next,
+                    hop_limit: self.ttl,
+                    tos: self.tos,
+                    flow_label: 0x12345,
+                    payload_len: u16::try_from(payload.len()).unwrap(),
+                }
+                .emit(&mut h);
+                [&h[..], payload].concat()
+            }
+        }
+    }
+
+    /// UDP with a right checksum and `n` counted bytes.
+    pub(super) fn udp(self, n: usize) -> Vec<u8> {
+        let body: Vec<u8> = (0..n).map(|i| i.to_le_bytes()[0]).collect();
+        let mut h = [0u8; 8];
+        UdpRepr {
+            src: 1111,
+            dst: 2222,
+            payload_len: u16::try_from(n).unwrap(),
+        }
+        .emit(&mut h);
+        let mut packet = self.packet(proto::UDP, &[&h[..], &body].concat());
+        let at = packet.len() - n - 8;
+        let c = transport_checksum(&packet, at, proto::UDP);
+        packet[at + 6..at + 8].copy_from_slice(&c.to_be_bytes());
+        packet
+    }
+}
+
+/// The checksum that the upper layer at `at` should hold where its field is now zero.
+pub(super) fn transport_checksum(packet: &[u8], at: usize, next: u8) -> u16 {
+    let len = u32::try_from(packet.len() - at).unwrap();
+    let p = parsed(packet);
+    let pseudo = match (p.src_ip(), p.dst_ip()) {
+        (std::net::IpAddr::V4(s), std::net::IpAddr::V4(d)) => {
+            checksum::pseudo_v4(s, d, next, u16::try_from(len).unwrap())
+        }
+        (std::net::IpAddr::V6(s), std::net::IpAddr::V6(d)) => checksum::pseudo_v6(s, d, next, len),
+        _ => unreachable!("one family"),
+    };
+    checksum::checksum(pseudo, &packet[at..])
+}
+
+pub(super) fn spec(suite: Suite, mode: Mode, family: Family, udp: bool) -> SaSpec {
+    // Transport mode protects the packets' own addresses.
+    let (src, dst) = match (mode, family) {
+        (Mode::Tunnel, Family::V4) => ("192.0.2.1", "192.0.2.2"),
+        (Mode::Tunnel, Family::V6) => ("2001:db8::1", "2001:db8::2"),
+        (Mode::Transport, Family::V4) => ("10.1.0.1", "10.2.0.2"),
+        (Mode::Transport, Family::V6) => ("2001:db8:1::1", "2001:db8:2::2"),
+    };
+    SaSpec {
+        name: "s".into(),
+        tunnel: "t".into(),
+        direction: Direction::Out,
+        spi: Spi::new(0x1234_5678).unwrap(),
+        src: src.parse().unwrap(),
+        dst: dst.parse().unwrap(),
+        mode,
+        suite,
+        keys: keys(suite, 7),
+        encap: udp.then_some(UdpEncap {
+            sport: 4500,
+            dport: 4500,
+        }),
+        esn: false,
+        replay_window: 64,
+        first_use: true,
+        soft: Limits::default(),
+        hard: Limits::default(),
+        dscp: Dscp::Copy,
+        df: Df::Copy,
+        ecn: true,
+        ttl: 64,
+        pmtu: None,
+        tfc: Tfc::Off,
+        mss_clamp: false,
+        vrf: Vrf::default(),
+        if_id: IfId::default(),
+        selectors: Vec::new(),
+        offload: OffloadMode::Software,
+        engine: None,
+    }
+}
