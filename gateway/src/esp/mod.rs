@@ -8,7 +8,11 @@
 pub mod decap;
 pub mod ecn;
 pub mod encap;
+pub mod fragment;
+pub mod icmp;
 pub mod iv;
+pub mod mss;
+pub mod rate;
 #[cfg(test)]
 mod roundtrip;
 #[cfg(test)]
