@@ -13,6 +13,7 @@ pub mod icmp;
 pub mod iv;
 pub mod mss;
 pub mod rate;
+pub mod reassembly;
 #[cfg(test)]
 mod roundtrip;
 #[cfg(test)]

@@ -58,7 +58,7 @@ impl Sa {
                 ok.seq_hi,
                 true,
             );
-            finish(&mut f, &self.out, &ok);
+            finish(&mut f, &self.out, ok.esp_off);
             f.data().to_vec()
         });
         pool.put(f);
@@ -368,7 +368,7 @@ fn dummies_are_consumed_in_both_modes() {
                 0,
                 true,
             );
-            finish(&mut f, &sa.out, &ok);
+            finish(&mut f, &sa.out, ok.esp_off);
             check_outer(f.data(), true);
             let outer = f.data().to_vec();
             pool.put(f);

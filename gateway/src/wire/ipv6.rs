@@ -104,6 +104,8 @@ pub fn set_tos(h: &mut [u8; HEADER_LEN], tos: u8) {
 pub struct FragmentHeader {
     /// Where it starts, bytes from the start of the packet.
     pub at: usize,
+    /// Where the next-header byte that names it is.
+    pub nh_at: usize,
     /// Offset of the data, bytes.
     pub offset: usize,
     /// More fragments follow.
@@ -181,6 +183,7 @@ impl Walk {
                     let field = be16(h, 2);
                     w.fragment = Some(FragmentHeader {
                         at,
+                        nh_at: w.upper_nh_at,
                         offset: usize::from(field & 0xfff8),
                         more: field & 1 != 0,
                         id: be32(h, 4),
