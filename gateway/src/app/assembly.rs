@@ -64,7 +64,8 @@ impl Default for AssemblyConfig {
 pub struct OpenPort {
     /// How the pipeline is to treat it.
     pub setup: PortSetup,
-    /// Queue pairs; the first goes to worker 0 and so on. Fewer than workers: the others hand frames over.
+    /// Queue pairs, dealt out to the workers in turn. Fewer than workers: the others hand frames over. None for a
+    /// port that shares another's.
     pub queues: Vec<Box<dyn PortQueue>>,
 }
 
@@ -112,23 +113,30 @@ pub fn assemble(
     let store = Store::new(count, config.max_sas);
     let mut setups = Vec::new();
     let mut port_stats = Vec::new();
-    let mut owners = Vec::new();
-    let mut dealt: Vec<Vec<Option<Box<dyn PortQueue>>>> = (0..count).map(|_| Vec::new()).collect();
+    let mut owners: Vec<Vec<usize>> = Vec::new();
+    let mut dealt: Vec<Vec<Vec<Box<dyn PortQueue>>>> = (0..count).map(|_| Vec::new()).collect();
     for (number, OpenPort { setup, queues }) in ports.into_iter().enumerate() {
+        for slot in &mut dealt {
+            slot.push(Vec::new());
+        }
+        port_stats.push(queues.iter().map(|q| Arc::clone(q.stats())).collect());
+        if let Some(carrier) = setup.shares {
+            let Some(holders) = owners.get(usize::from(carrier)).cloned() else {
+                return Err(AssemblyError::NoQueue(setup.name));
+            };
+            owners.push(holders);
+            setups.push(setup);
+            continue;
+        }
         let have = queues.len();
         if have == 0 {
             return Err(AssemblyError::NoQueue(setup.name));
         }
-        port_stats.push(queues.iter().map(|q| Arc::clone(q.stats())).collect());
-        let mut queues = queues.into_iter().map(Some);
-        // Ports with one queue are spread over the workers.
+        // Ports with fewer queues than workers are spread over them.
         let first = if have < count { number % count } else { 0 };
         let holders: Vec<usize> = (0..have.min(count)).map(|i| (first + i) % count).collect();
-        for slot in &mut dealt {
-            slot.push(None);
-        }
-        for worker in &holders {
-            dealt[*worker][number] = queues.next().flatten();
+        for (queue, worker) in queues.into_iter().zip(holders.iter().cycle()) {
+            dealt[*worker][number].push(queue);
         }
         owners.push(holders);
         setups.push(setup);

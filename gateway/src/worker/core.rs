@@ -181,10 +181,6 @@ impl Core {
             rx,
             ..
         } = self;
-        let Some(setup) = shared.config.ports.get(usize::from(port)) else {
-            return;
-        };
-        let (side, vlan) = (setup.side, setup.vlan.unwrap_or(0));
         for frame in rx.iter().take(4) {
             frame.prefetch();
         }
@@ -207,10 +203,11 @@ impl Core {
                     continue;
                 }
             };
-            if p.vlan != vlan {
+            let Some(port) = shared.ports.of_tag(port, p.vlan) else {
                 shared.drop(frame, DropReason::NotForUs);
                 continue;
-            }
+            };
+            let side = shared.ports.side_of(port);
             if !frame.trim_front(usize::from(p.l2_len)) || matches!(p.kind, Kind::NotIp { .. }) {
                 shared.drop(frame, DropReason::NotForUs);
                 continue;

@@ -18,7 +18,11 @@ const VLAN_TAG: usize = 4;
 const ETHERNET: usize = 14;
 
 struct PortState {
-    queue: Option<Box<dyn PortQueue>>,
+    queues: Vec<Box<dyn PortQueue>>,
+    /// Port whose queues it uses: its own number, or that of the port with which it shares an interface.
+    carrier: u16,
+    /// Ports that share these queues, by VLAN.
+    siblings: Vec<(u16, u16)>,
     /// Worker that has a queue when this one has none.
     via: usize,
     tx: Vec<Frame>,
@@ -79,16 +83,18 @@ pub(super) struct Ports {
 impl Ports {
     pub(super) fn new(
         config: &PipelineConfig,
-        queues: Vec<Option<Box<dyn PortQueue>>>,
+        queues: Vec<Vec<Box<dyn PortQueue>>>,
         via: Vec<usize>,
     ) -> Self {
-        let list = config
-            .ports
-            .iter()
+        let numbered = (0_u16..).zip(&config.ports);
+        let mut list: Vec<PortState> = numbered
+            .clone()
             .zip(queues)
             .zip(via)
-            .map(|((setup, queue), via)| PortState {
-                queue,
+            .map(|(((number, setup), queues), via)| PortState {
+                queues,
+                carrier: setup.shares.unwrap_or(number),
+                siblings: Vec::new(),
                 via,
                 tx: Vec::with_capacity(2 * BACKLOG),
                 side: setup.side,
@@ -97,10 +103,37 @@ impl Ports {
                 vlan: setup.vlan,
             })
             .collect();
+        for (number, setup) in numbered {
+            if let Some(carrier) = setup.shares.and_then(|c| list.get_mut(usize::from(c))) {
+                carrier.siblings.push((setup.vlan.unwrap_or(0), number));
+            }
+        }
         Self {
             list,
             routes: RouteCache::default(),
         }
+    }
+
+    /// The port that a frame with this tag (0: none) belongs to, received on the queues of `port`.
+    #[inline]
+    pub(super) fn of_tag(&self, port: u16, tag: u16) -> Option<u16> {
+        let state = self.list.get(usize::from(port))?;
+        if state.vlan.unwrap_or(0) == tag {
+            return Some(port);
+        }
+        state
+            .siblings
+            .iter()
+            .find(|(vlan, _)| *vlan == tag)
+            .map(|(_, number)| *number)
+    }
+
+    /// Side of a port.
+    #[inline]
+    pub(super) fn side_of(&self, port: u16) -> Side {
+        self.list
+            .get(usize::from(port))
+            .map_or(Side::Outside, |p| p.side)
     }
 
     pub(super) fn len(&self) -> usize {
@@ -110,10 +143,14 @@ impl Ports {
     /// Receives a burst from a port.
     #[inline]
     pub(super) fn receive(&mut self, port: usize, pool: &mut Pool, out: &mut Vec<Frame>) -> usize {
-        match self.list.get_mut(port).and_then(|p| p.queue.as_mut()) {
-            Some(queue) => queue.rx_burst(pool, out, BURST),
-            None => 0,
-        }
+        let Some(state) = self.list.get_mut(port) else {
+            return 0;
+        };
+        state
+            .queues
+            .iter_mut()
+            .map(|q| q.rx_burst(pool, out, BURST))
+            .sum()
     }
 
     /// Where a packet to `dst` (IPv4 as IPv4-mapped) goes.
@@ -131,9 +168,7 @@ impl Ports {
     /// Side of the port that a hop leaves by.
     #[inline]
     pub(super) fn side(&self, hop: PortHop) -> Side {
-        self.list
-            .get(usize::from(hop.port))
-            .map_or(Side::Outside, |p| p.side)
+        self.side_of(hop.port)
     }
 
     /// Largest IP packet that the port takes.
@@ -176,17 +211,17 @@ impl Ports {
                 header[16..18].copy_from_slice(&ethertype);
             }
         }
-        if port.queue.is_some() {
-            port.tx.push(frame);
-        } else {
-            handover.stage(
-                port.via,
+        let (carrier, via) = (port.carrier, port.via);
+        match self.list.get_mut(usize::from(carrier)) {
+            Some(c) if !c.queues.is_empty() => c.tx.push(frame),
+            _ => handover.stage(
+                via,
                 Handed {
                     frame,
-                    port: hop.port,
-                    task: Task::Send(hop.port),
+                    port: carrier,
+                    task: Task::Send(carrier),
                 },
-            );
+            ),
         }
         Ok(())
     }
@@ -194,7 +229,7 @@ impl Ports {
     /// Queues a complete Ethernet frame that another worker built.
     pub(super) fn queue(&mut self, port: u16, frame: Frame) -> Result<(), (Frame, DropReason)> {
         match self.list.get_mut(usize::from(port)) {
-            Some(state) if state.queue.is_some() => {
+            Some(state) if !state.queues.is_empty() => {
                 state.tx.push(frame);
                 Ok(())
             }
@@ -207,9 +242,12 @@ impl Ports {
     pub(super) fn transmit(&mut self, pool: &mut Pool, counters: &WorkerCounters) -> usize {
         let mut sent = 0;
         for port in &mut self.list {
-            let Some(queue) = &mut port.queue else {
+            let Some((queue, others)) = port.queues.split_first_mut() else {
                 continue;
             };
+            for other in others {
+                other.flush(pool);
+            }
             if port.tx.is_empty() {
                 queue.flush(pool);
                 continue;
@@ -245,7 +283,7 @@ impl Ports {
 
     /// Takes all frames back from the ports.
     pub(super) fn close(&mut self, pool: &mut Pool) {
-        for queue in self.list.iter_mut().filter_map(|p| p.queue.as_mut()) {
+        for queue in self.list.iter_mut().flat_map(|p| p.queues.iter_mut()) {
             queue.drain(pool);
         }
     }
@@ -254,7 +292,7 @@ impl Ports {
     pub(super) fn finished(&self) -> bool {
         self.list
             .iter()
-            .filter_map(|p| p.queue.as_ref())
+            .flat_map(|p| p.queues.iter())
             .all(|q| q.finished())
     }
 
@@ -262,13 +300,13 @@ impl Ports {
     pub(super) fn all_wake(&self) -> bool {
         self.list
             .iter()
-            .filter_map(|p| p.queue.as_ref())
+            .flat_map(|p| p.queues.iter())
             .all(|q| q.wait_fd().is_some())
     }
 
     /// Asks every port for a wake-up.
     pub(super) fn arm(&mut self, pool: &mut Pool) {
-        for queue in self.list.iter_mut().filter_map(|p| p.queue.as_mut()) {
+        for queue in self.list.iter_mut().flat_map(|p| p.queues.iter_mut()) {
             queue.flush(pool);
             queue.arm();
         }
@@ -276,7 +314,10 @@ impl Ports {
 
     /// What to wait on.
     pub(super) fn wait_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.list.iter().filter_map(|p| p.queue.as_ref()?.wait_fd())
+        self.list
+            .iter()
+            .flat_map(|p| p.queues.iter())
+            .filter_map(|q| q.wait_fd())
     }
 }
 

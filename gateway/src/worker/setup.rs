@@ -40,6 +40,8 @@ pub struct PortSetup {
     pub mac: MacAddr,
     /// Largest IP packet to send, bytes.
     pub mtu: u16,
+    /// The port whose queues this one shares; the two differ in their VLAN. It must come earlier in the list.
+    pub shares: Option<u16>,
 }
 
 /// The gateway's own addresses.
@@ -119,8 +121,9 @@ pub struct WorkerParts {
     pub reader: Reader,
     /// Frames.
     pub pool: Pool,
-    /// This worker's queue of each port, by port number. `None`: frames for the port go through another worker.
-    pub queues: Vec<Option<Box<dyn PortQueue>>>,
+    /// This worker's queues of each port, by port number. It receives from all and sends on the first. None: frames for
+    /// the port go through another worker.
+    pub queues: Vec<Vec<Box<dyn PortQueue>>>,
     /// For each port, a worker that has a queue of it.
     pub queue_owner: Vec<usize>,
     /// Engine.
