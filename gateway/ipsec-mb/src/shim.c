@@ -8,11 +8,12 @@
 #include "shim.h"
 
 #include <emmintrin.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #define MAX_RUN 64
 
-/* The library's entry points; written once, before any other call, by esp_mb_start. */
+/* The library's entry points; written by esp_mb_start, to be read once `started` is seen. */
 static struct {
         aes_gcm_enc_dec_t seal[3], open[3];
         aes_gmac_init_t gmac_init[3];
@@ -20,6 +21,8 @@ static struct {
         aes_gmac_finalize_t gmac_final[3];
         aes_gcm_pre_t expand[3];
 } mb;
+
+static atomic_int started;
 
 IMB_MGR *esp_mb_manager(void)
 {
@@ -79,6 +82,7 @@ int esp_mb_start(uint64_t *features, uint32_t *arch, uint32_t *version)
         mb.expand[1] = m->gcm192_pre;
         mb.expand[2] = m->gcm256_pre;
         free_mb_mgr(m);
+        atomic_store_explicit(&started, 1, memory_order_release);
         return 0;
 }
 
@@ -200,7 +204,8 @@ static inline void gcm(const aes_gcm_enc_dec_t f, const struct esp_gcm *c, const
 static inline int gcm_usable(const struct esp_gcm *c, const struct esp_job *j)
 {
         return c->kind < 6 && c->tag_len < 32 && ((UINT32_C(0x11100) >> c->tag_len) & 1) != 0 &&
-               j->len >= 16u + c->tag_len && mb.seal[0] != NULL;
+               j->len >= 16u + c->tag_len &&
+               atomic_load_explicit(&started, memory_order_acquire) != 0;
 }
 
 /* Jobs ahead whose memory is asked for: about the latency of DRAM in small packets. */

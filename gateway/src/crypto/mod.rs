@@ -18,6 +18,8 @@ pub mod ring_provider;
 pub mod rustcrypto;
 pub mod select;
 
+#[doc(hidden)]
+pub use differential::fuzz as fuzz_differential;
 pub use provider::{Provider, ProviderId, UnknownProvider};
 
 use sa_store::cipher::{CipherError, CipherFactory, SaCipher};

@@ -1,11 +1,12 @@
 //! The ring provider: AES-128/256-GCM with 16-byte ICV, the matching AES-GMAC, ChaCha20-Poly1305.
 //!
-//! ring has no AES-192, and does not wipe its keys: they leave memory only when it is used again.
+//! ring has no AES-192. It does not wipe its keys either, so that is done here.
 
 use ::ring::aead::{
     AES_128_GCM, AES_256_GCM, Aad, Algorithm, CHACHA20_POLY1305, LessSafeKey, Nonce, Tag,
     UnboundKey,
 };
+use ipsec_mb::wipe::Wiped;
 use sa_store::cipher::SaCipher;
 use sa_store::sa::{Direction, SaKeys};
 use sa_store::suite::{AeadIcv, AesBits, Suite};
@@ -55,12 +56,12 @@ fn algorithm(suite: Suite) -> Option<&'static Algorithm> {
     }
 }
 
-struct Key(LessSafeKey);
+struct Key(Wiped<LessSafeKey>);
 
 impl Key {
     fn new(suite: Suite, key: &[u8]) -> Option<Self> {
         let unbound = UnboundKey::new(algorithm(suite)?, key).ok()?;
-        Some(Self(LessSafeKey::new(unbound)))
+        Some(Self(Wiped::new(LessSafeKey::new(unbound))))
     }
 }
 
