@@ -288,8 +288,8 @@ fn inbound_clear_text_that_must_be_protected_is_refused() {
 fn faulty_policies_are_refused_by_name() {
     let err = |list: &[Policy]| {
         Spd::build(Direction::Out, list, tunnel)
-            .err()
-            .expect("refused")
+            .map(drop)
+            .expect_err("refused")
     };
     let ok = pol("a", 1, sel(ANY, ANY, None, Ports::Any), protect("t1"));
     assert!(matches!(
