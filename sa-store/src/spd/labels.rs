@@ -23,7 +23,29 @@ pub(super) fn assign(old: &[Option<u64>]) -> Vec<Place> {
         // With nothing kept there is room: a list has fewer than 2^64 / STEP elements.
         let _ = fill(&mut labels);
     }
-    let places = labels.into_iter().zip(kept).map(|(label, kept)| Place {
+    places(&labels, &kept)
+}
+
+/// Labels for the part of a list between two elements that stay, as [`assign`]. `None` when there is not
+/// room enough.
+pub(super) fn assign_between(
+    below: Option<u64>,
+    old: &[Option<u64>],
+    above: Option<u64>,
+) -> Option<Vec<Place>> {
+    let fits = |l: &u64| below.is_none_or(|b| b < *l) && above.is_none_or(|a| *l < a);
+    let old: Vec<_> = old.iter().map(|l| l.filter(fits)).collect();
+    let kept = keep_longest_ordered(&old);
+    let start = usize::from(below.is_some());
+    let mut labels: Vec<_> = below.map(Some).into_iter().collect();
+    labels.extend(&kept);
+    labels.extend(above.map(Some));
+    fill(&mut labels)?;
+    Some(places(&labels[start..], &kept))
+}
+
+fn places(labels: &[Option<u64>], kept: &[Option<u64>]) -> Vec<Place> {
+    let places = labels.iter().zip(kept).map(|(label, kept)| Place {
         label: label.unwrap_or(u64::MAX),
         moved: kept.is_none(),
     });
@@ -135,6 +157,19 @@ mod tests {
         let l = labels(&p);
         assert_eq!(l[1] - l[0], STEP);
         assert_eq!(moved(&p), [1]);
+    }
+
+    #[test]
+    fn a_part_is_labelled_between_its_neighbours_or_not_at_all() {
+        let p = assign_between(Some(10), &[None, Some(15), Some(99)], Some(20)).expect("room");
+        let l = labels(&p);
+        assert!(l[0] > 10 && l[1] == 15 && l[2] > 15 && l[2] < 20);
+        assert_eq!(moved(&p), [0, 2]);
+        assert_eq!(assign_between(Some(10), &[None], Some(11)), None);
+        assert_eq!(
+            assign_between(None, &[None; 2], None).map(|p| p.len()),
+            Some(2)
+        );
     }
 
     #[test]

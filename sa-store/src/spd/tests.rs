@@ -589,3 +589,20 @@ fn an_update_elsewhere_leaves_the_generation_of_a_destination() {
     assert_eq!(changes, Changes::default());
     assert_eq!(same.generation(&far), wide.generation(&far));
 }
+
+#[test]
+fn order_and_unrelated_generations_survive_when_a_gap_is_used_up() {
+    let p = |n: String, dst: &str| pol(&n, 5, sel(ANY, dst, None, Ports::Any), protect("t1"));
+    let mut list = vec![p("a".into(), "10.1.0.0/16"), p("z".into(), "10.2.0.0/16")];
+    let mut spd = build(&list);
+    let far = tcp("1.1.1.1", "10.1.3.4", 1);
+    let generation = spd.generation(&far);
+    for n in 0..100 {
+        list.insert(1, p(format!("n{n}"), "10.2.3.0/24"));
+        spd = spd.updated(&list, tunnel).expect("valid").0;
+        let v = spd.lookup(&tcp("1.1.1.1", "10.2.3.4", 1));
+        let first = spd.policy(v.policy).map(|p| p.name.clone());
+        assert_eq!(first, Some(format!("n{n}")));
+    }
+    assert_eq!(spd.generation(&far), generation);
+}

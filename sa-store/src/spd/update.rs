@@ -1,16 +1,17 @@
 //! Makes a table from the one before and the policies of a new file: finds out what changed.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use hashbrown::{HashMap, HashSet};
 use rustc_hash::FxBuildHasher;
 
+use super::Spd;
 use super::cell::Rank;
 use super::compile::{Delta, Item, SpdError, resolve, validate};
+use super::labels::{self, Place};
 use super::regions::Regions;
 use super::verdict::{Action, PolicyIdx, TunnelIdx};
-use super::{Spd, labels};
 use crate::policy::Policy;
 
 /// Numbers of removed policies rest until this many others were freed after them, so that a worker which
@@ -78,75 +79,70 @@ impl Spd {
         policies: &[Policy],
         tunnel: impl Fn(&str) -> Option<TunnelIdx>,
     ) -> Result<(Self, Changes), SpdError> {
-        let Some(mut entries) = self.compare(policies, tunnel)? else {
-            return Ok((self.clone(), Changes::default()));
+        let mut new = Vec::with_capacity(self.items.len());
+        for p in policies.iter().filter(|p| p.direction == self.direction) {
+            new.push((p, resolve(p, &tunnel)?));
+        }
+        // Most updates touch few policies: both lists have a long head and tail in common.
+        let same = |(item, (p, action)): &(&Arc<Item>, &(&Policy, Action))| {
+            item.action == *action && item.policy == **p
         };
-        rank(&mut entries);
-        Ok(self.assemble(&entries))
+        let old = &self.items;
+        let head = old.iter().zip(&new).take_while(same).count();
+        let (old_rest, new_rest) = (old[head..].iter().rev(), new[head..].iter().rev());
+        let tail = old_rest.zip(new_rest).take_while(same).count();
+        if old.len() == head + tail && new.len() == head + tail {
+            return Ok((self.clone(), Changes::default()));
+        }
+        let mut entries = self.compare(head, tail, &new)?;
+        if rank_between(&old[..head], &mut entries, &old[old.len() - tail..]) {
+            return Ok(self.assemble(head, tail, &entries));
+        }
+        let mut entries = self.compare(0, 0, &new)?;
+        rank_all(&mut entries);
+        Ok(self.assemble(0, 0, &entries))
     }
 
-    /// The new list with each entry's old counterpart; `None` when nothing differs.
+    /// The part of the new list between the common head and tail, each with its old counterpart.
     fn compare<'a>(
         &'a self,
-        policies: &'a [Policy],
-        tunnel: impl Fn(&str) -> Option<TunnelIdx>,
-    ) -> Result<Option<Vec<Entry<'a>>>, SpdError> {
-        let mut entries = Vec::with_capacity(self.items.len());
-        for policy in policies.iter().filter(|p| p.direction == self.direction) {
+        head: usize,
+        tail: usize,
+        new: &[(&'a Policy, Action)],
+    ) -> Result<Vec<Entry<'a>>, SpdError> {
+        let (before, rest) = self.items.split_at(head);
+        let (middle, after) = rest.split_at(rest.len() - tail);
+        let mut names: HashMap<&str, &Arc<Item>, FxBuildHasher> = HashMap::default();
+        names.extend(middle.iter().map(|i| (i.policy.name.as_str(), i)));
+        let mut seen: HashSet<&str, FxBuildHasher> = HashSet::default();
+        let mut entries = Vec::new();
+        for &(policy, action) in &new[head..new.len() - tail] {
+            validate(policy)?;
+            if !seen.insert(&policy.name) {
+                return Err(duplicate(policy));
+            }
+            let old = names.get(policy.name.as_str()).copied();
             entries.push(Entry {
                 policy,
-                action: resolve(policy, &tunnel)?,
-                old: None,
-                same: false,
+                action,
+                old,
+                same: old.is_some_and(|i| i.action == action && i.policy == *policy),
                 rank: Rank::LAST,
                 moved: false,
             });
         }
-        // Most updates touch few policies, so that most of both lists is a common head and tail.
-        let old = &self.items;
-        let head = old
-            .iter()
-            .zip(&mut entries)
-            .map(|(item, e)| e.is_unchanged(item))
-            .take_while(|&same| same)
-            .count();
-        let tail = old[head..]
-            .iter()
-            .rev()
-            .zip(entries[head..].iter_mut().rev())
-            .map(|(item, e)| e.is_unchanged(item))
-            .take_while(|&same| same)
-            .count();
-        let (old_end, end) = (old.len() - tail, entries.len() - tail);
-        if head == old_end && head == end {
-            return Ok(None);
-        }
-        let mut names: HashMap<&str, &Arc<Item>, FxBuildHasher> = HashMap::default();
-        names.extend(
-            old[head..old_end]
-                .iter()
-                .map(|i| (i.policy.name.as_str(), i)),
-        );
-        let mut seen: HashSet<&str, FxBuildHasher> = HashSet::default();
-        for e in &mut entries[head..end] {
-            validate(e.policy)?;
-            if !seen.insert(&e.policy.name) {
-                return Err(duplicate(e.policy));
-            }
-            if let Some(item) = names.get(e.policy.name.as_str()) {
-                e.is_unchanged(item);
-                e.old = Some(item);
-            }
-        }
         seen.retain(|n| !names.contains_key(n));
-        let mut unchanged = entries[..head].iter().chain(&entries[end..]);
-        match unchanged.find(|e| !seen.is_empty() && seen.contains(e.policy.name.as_str())) {
-            Some(e) => Err(duplicate(e.policy)),
-            None => Ok(Some(entries)),
+        let mut unchanged = before.iter().chain(after);
+        match unchanged.find(|i| !seen.is_empty() && seen.contains(i.policy.name.as_str())) {
+            Some(i) => Err(duplicate(&i.policy)),
+            None => Ok(entries),
         }
     }
 
-    fn assemble(&self, entries: &[Entry<'_>]) -> (Self, Changes) {
+    /// The new table: `head` and `tail` policies stay, `entries` take the place of those between.
+    fn assemble(&self, head: usize, tail: usize, entries: &[Entry<'_>]) -> (Self, Changes) {
+        let (before, rest) = self.items.split_at(head);
+        let (middle, after) = rest.split_at(rest.len() - tail);
         let mut spd = self.clone();
         let mut delta = Delta::default();
         let mut changes = Changes::default();
@@ -159,12 +155,13 @@ impl Spd {
                 changes.voids_all = !spd.regions.void(&s.dst, p.vrf.0, epoch);
             }
         };
-        let mut kept = vec![false; spd.ids.slots()];
-        let mut items = Vec::with_capacity(entries.len());
+        let kept: HashSet<PolicyIdx, FxBuildHasher> =
+            entries.iter().filter_map(|e| Some(e.old?.id)).collect();
+        let mut items = Vec::with_capacity(head + entries.len() + tail);
+        items.extend_from_slice(before);
         for e in entries {
             let id = match e.old {
                 Some(old) => {
-                    kept[old.id.index()] = true;
                     if e.same && e.rank == old.rank {
                         items.push(Arc::clone(old));
                         continue;
@@ -194,7 +191,8 @@ impl Spd {
             delta.add(&item);
             items.push(item);
         }
-        for gone in self.items.iter().filter(|i| !kept[i.id.index()]) {
+        items.extend_from_slice(after);
+        for gone in middle.iter().filter(|i| !kept.contains(&i.id)) {
             delta.remove(gone);
             void(&gone.policy);
             changes.removed.push(gone.id);
@@ -206,14 +204,16 @@ impl Spd {
     }
 }
 
-impl<'a> Entry<'a> {
-    /// Compares with the old policy and takes it as counterpart when nothing differs.
-    fn is_unchanged(&mut self, item: &'a Arc<Item>) -> bool {
-        self.same = item.action == self.action && item.policy == *self.policy;
-        if self.same {
-            self.old = Some(item);
-        }
-        self.same
+impl Entry<'_> {
+    /// Label of the old counterpart, if its priority is the same.
+    fn old_label(&self) -> Option<u64> {
+        let old = self.old?;
+        (old.policy.priority == self.policy.priority).then(|| old.rank.label())
+    }
+
+    fn place(&mut self, place: Place) {
+        self.rank = Rank::new(self.policy.priority, place.label);
+        self.moved = place.moved;
     }
 }
 
@@ -223,31 +223,38 @@ fn duplicate(p: &Policy) -> SpdError {
     }
 }
 
-/// Gives each entry its rank, the old one wherever the order allows.
-fn rank(entries: &mut [Entry<'_>]) {
-    let mut order: Vec<usize> = (0..entries.len()).collect();
-    // Stable, and quick where the file is ordered by priority already.
-    order.sort_by_key(|&i| entries[i].policy.priority);
-    let priority = |i: usize| entries[i].policy.priority;
-    let groups: Vec<_> = order
-        .chunk_by(|&a, &b| priority(a) == priority(b))
-        .map(|group| {
-            let old = |&i: &usize| {
-                let e = &entries[i];
-                let old = e.old.filter(|o| o.policy.priority == e.policy.priority)?;
-                Some(old.rank.label())
-            };
-            (
-                group,
-                labels::assign(&group.iter().map(old).collect::<Vec<_>>()),
-            )
-        })
-        .collect();
-    for (group, labels) in groups {
-        for (&i, place) in group.iter().zip(labels) {
-            let e = &mut entries[i];
-            e.rank = Rank::new(e.policy.priority, place.label);
-            e.moved = place.moved;
+/// Positions of the entries of each priority, in file order.
+fn by_priority(entries: &[Entry<'_>]) -> BTreeMap<u32, Vec<usize>> {
+    let mut groups: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+    for (i, e) in entries.iter().enumerate() {
+        groups.entry(e.policy.priority).or_default().push(i);
+    }
+    groups
+}
+
+/// Ranks the entries between policies that stay. False when these leave no room.
+fn rank_between(before: &[Arc<Item>], entries: &mut [Entry<'_>], after: &[Arc<Item>]) -> bool {
+    for (priority, group) in by_priority(entries) {
+        let label = |i: &Arc<Item>| (i.policy.priority == priority).then(|| i.rank.label());
+        let below = before.iter().rev().find_map(label);
+        let above = after.iter().find_map(label);
+        let old: Vec<_> = group.iter().map(|&i| entries[i].old_label()).collect();
+        let Some(places) = labels::assign_between(below, &old, above) else {
+            return false;
+        };
+        for (i, place) in group.into_iter().zip(places) {
+            entries[i].place(place);
+        }
+    }
+    true
+}
+
+/// Ranks a whole list; old ranks stay wherever there is room.
+fn rank_all(entries: &mut [Entry<'_>]) {
+    for (_, group) in by_priority(entries) {
+        let old: Vec<_> = group.iter().map(|&i| entries[i].old_label()).collect();
+        for (i, place) in group.into_iter().zip(labels::assign(&old)) {
+            entries[i].place(place);
         }
     }
 }
