@@ -8,6 +8,7 @@
 //! share, so that learning one needs no publication.
 
 use std::collections::BTreeMap;
+use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
@@ -276,16 +277,24 @@ impl Fib {
 
     /// Where a packet to `dst` (IPv4 as IPv4-mapped) goes. `hash` chooses among equal paths.
     pub fn lookup(&self, vrf: Vrf, dst: u128, hash: u32) -> Hop {
+        self.choose(self.group(vrf, dst), dst, hash)
+    }
+
+    /// The paths of the longest prefix; none for an unrouted destination.
+    fn group(&self, vrf: Vrf, dst: u128) -> Group {
         let Some(table) = self.vrfs.get(&vrf) else {
-            return Hop::None;
+            return Group::default();
         };
-        let group = if dst >> 32 == 0xffff {
+        if dst >> 32 == 0xffff {
             let addr: std::net::Ipv4Addr = low32(dst).into();
             *table.v4.lookup(&addr).1
         } else {
             let addr: std::net::Ipv6Addr = dst.into();
             *table.v6.lookup(&addr).1
-        };
+        }
+    }
+
+    fn choose(&self, group: Group, dst: u128, hash: u32) -> Hop {
         if group.count == 0 {
             return Hop::None;
         }
@@ -356,36 +365,44 @@ fn low32(a: u128) -> u32 {
     low
 }
 
-/// A worker's cache of look-ups, direct-mapped; void when the table changes.
+/// A worker's cache of look-ups, direct-mapped; void when the table changes. Its hash is seeded, so that
+/// nobody outside can choose destinations that displace each other.
 #[derive(Debug)]
 pub struct RouteCache {
     slots: Box<[(u128, u32, Vrf, Hop)]>,
+    seed: [u64; 2],
 }
 
-const CACHE: usize = 4096;
+const CACHE_BITS: u32 = 12;
 
 impl Default for RouteCache {
     fn default() -> Self {
+        let random = RandomState::default();
         Self {
-            slots: vec![(0, 0, Vrf(0), Hop::None); CACHE].into_boxed_slice(),
+            slots: vec![(0, 0, Vrf(0), Hop::None); 1 << CACHE_BITS].into_boxed_slice(),
+            seed: [random.hash_one(0_u64), random.hash_one(1_u64)],
         }
     }
 }
 
 impl RouteCache {
-    /// As [`Fib::lookup`]. Destinations with several equal paths keep the path of whoever came first, which
-    /// moves no flow to another path while the table stays the same.
+    /// As [`Fib::lookup`]. Equal paths are not cached, for they depend on the flow.
     #[inline]
     pub fn lookup(&mut self, fib: &Fib, vrf: Vrf, dst: u128, hash: u32) -> Hop {
-        #[allow(clippy::cast_possible_truncation, reason = "folding a hash")]
-        let folded = (dst as u64 ^ (dst >> 64) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
-        #[allow(clippy::cast_possible_truncation, reason = "12 bits")]
-        let slot = &mut self.slots[folded as usize & (CACHE - 1)];
+        let [high, low] = crate::flow::halves(dst);
+        let h = crate::spd::fold(high ^ u64::from(vrf.0) ^ self.seed[0], low ^ self.seed[1]);
+        let slot = usize::try_from(h >> (64 - CACHE_BITS)).unwrap_or(0);
+        let Some(slot) = self.slots.get_mut(slot) else {
+            return fib.lookup(vrf, dst, hash);
+        };
         if slot.0 == dst && slot.1 == fib.generation && slot.2 == vrf {
             return slot.3;
         }
-        let hop = fib.lookup(vrf, dst, hash);
-        *slot = (dst, fib.generation, vrf, hop);
+        let group = fib.group(vrf, dst);
+        let hop = fib.choose(group, dst, hash);
+        if group.count <= 1 {
+            *slot = (dst, fib.generation, vrf, hop);
+        }
         hop
     }
 }
@@ -494,6 +511,40 @@ mod tests {
         assert_eq!(cache.lookup(&a, Vrf(0), at("10.0.0.1"), 0), Hop::Local);
         let b = Fib::build(&[], Neighbours::default()).unwrap();
         assert_eq!(cache.lookup(&b, Vrf(0), at("10.0.0.1"), 0), Hop::None);
+    }
+
+    #[test]
+    fn the_cache_keeps_equal_paths_apart_and_agrees_with_the_table() {
+        let via = |i: u8| RouteTo::Via {
+            port: u16::from(i),
+            gateway: format!("192.0.2.{i}").parse().unwrap(),
+        };
+        let mut routes: Vec<_> = [1, 2, 3].map(|i| route("10.0.0.0", 8, via(i))).into();
+        routes.push(route("10.1.0.0", 16, RouteTo::Local));
+        routes.push(route("2001:db8::", 32, RouteTo::Tunnel(TunnelIdx(7))));
+        let fib = Fib::build(&routes, Neighbours::default()).unwrap();
+        let mut cache = RouteCache::default();
+        let mut paths = std::collections::HashSet::new();
+        for hash in 0..300 {
+            for dst in [
+                "10.0.0.1",
+                "10.1.0.1",
+                "11.0.0.1",
+                "2001:db8::9",
+                "2001:db9::9",
+            ]
+            .map(at)
+            {
+                for vrf in [Vrf(0), Vrf(1)] {
+                    let hop = cache.lookup(&fib, vrf, dst, hash);
+                    assert_eq!(hop, fib.lookup(vrf, dst, hash));
+                    if let Hop::Neighbour(n) = hop {
+                        paths.insert(n.0);
+                    }
+                }
+            }
+        }
+        assert_eq!(paths.len(), 3);
     }
 
     proptest! {

@@ -164,7 +164,7 @@ impl Addr for u128 {
 
 /// Product of two words with its halves folded together.
 #[inline]
-pub(super) fn fold(a: u64, b: u64) -> u64 {
+pub(crate) fn fold(a: u64, b: u64) -> u64 {
     let [high, low] = halves(u128::from(a) * u128::from(b));
     high ^ low
 }

@@ -45,6 +45,7 @@ pub use verdict::{Action, InboundVerdict, PolicyIdx, TunnelIdx, Verdict};
 use crate::flow::FlowKey;
 use crate::policy::Policy;
 use crate::sa::Direction;
+pub(crate) use cell::fold;
 use compile::Item;
 use regions::Regions;
 use space::Space;
