@@ -11,6 +11,7 @@ pub mod drops;
 pub mod fib;
 pub mod file;
 pub mod flow;
+pub mod import;
 pub mod lease;
 pub mod ledger;
 pub mod plan;

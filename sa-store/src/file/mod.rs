@@ -8,15 +8,15 @@
 //! Key material is wiped from the buffers of this module when they are dropped. The one exception is a
 //! text that is not TOML at all: the parser keeps a copy of it until the error is reported.
 
-mod check;
-mod decode;
-mod fault;
-mod fields;
-mod keyfile;
+pub(crate) mod check;
+pub(crate) mod decode;
+pub(crate) mod fault;
+pub(crate) mod fields;
+pub(crate) mod keyfile;
 mod model;
 mod schema;
 mod selector;
-mod value;
+pub(crate) mod value;
 mod write;
 
 use std::path::{Path, PathBuf};
