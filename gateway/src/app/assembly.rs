@@ -10,9 +10,9 @@ use sa_store::store::Store;
 
 use crate::engine::SoftwareEngine;
 use crate::esp::iv::CbcIvGen;
+use crate::esp::reassembly::ReassemblyConfig;
 use crate::worker::{
-    Handover, IdlePolicy, Locals, PipelineConfig, PolicyHits, PortSetup, ReassemblyLimits, Worker,
-    WorkerParts,
+    Handover, IdlePolicy, Locals, PipelineConfig, PolicyHits, PortSetup, Worker, WorkerParts,
 };
 
 /// What a gateway is to look like, apart from its ports.
@@ -30,8 +30,8 @@ pub struct AssemblyConfig {
     pub locals: Locals,
     /// UDP port, beside 4500, that carries ESP.
     pub natt_port: u16,
-    /// Fragments of ESP packets.
-    pub reassembly: ReassemblyLimits,
+    /// Bounds for fragments of ESP packets; `None` drops fragments.
+    pub reassembly: Option<ReassemblyConfig>,
     /// Idling.
     pub idle: IdlePolicy,
     /// Flows remembered per worker and direction.
@@ -51,7 +51,7 @@ impl Default for AssemblyConfig {
             pool_cache: 512,
             locals: Locals::default(),
             natt_port: 4500,
-            reassembly: ReassemblyLimits::default(),
+            reassembly: Some(ReassemblyConfig::default()),
             idle: IdlePolicy::default(),
             flow_entries: 1 << 16,
             policy_slots: 4096,

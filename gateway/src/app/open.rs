@@ -17,7 +17,8 @@ use sa_store::store::Store;
 
 use super::assembly::{Assembled, AssemblyConfig, AssemblyError, OpenPort, assemble};
 use crate::config::{self, AfXdpMode, GatewayConfig, Idle, NextHop, PortConfig, PortKind};
-use crate::worker::{IdlePolicy, Locals, PortSetup, ReassemblyLimits, Side};
+use crate::esp::reassembly::ReassemblyConfig;
+use crate::worker::{IdlePolicy, Locals, PortSetup, Side};
 
 /// Bytes of each capture point's ring.
 const CAPTURE_RING: usize = 1 << 20;
@@ -210,14 +211,11 @@ fn assembly(config: &GatewayConfig) -> AssemblyConfig {
         max_sas: config.sas.max,
         locals: Locals::new(locals),
         natt_port: natt.unwrap_or(4500),
-        reassembly: ReassemblyLimits {
-            fragments: if config.reassembly.enabled {
-                config.reassembly.max_packets as usize
-            } else {
-                0
-            },
+        reassembly: config.reassembly.enabled.then(|| ReassemblyConfig {
+            datagrams: config.reassembly.max_packets as usize,
             timeout: u64::from(config.reassembly.timeout_ms) * 1_000_000,
-        },
+            ..ReassemblyConfig::default()
+        }),
         idle: IdlePolicy {
             // An empty round takes roughly 50 ns.
             spins: spin.saturating_mul(20),

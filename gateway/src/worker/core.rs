@@ -121,7 +121,7 @@ impl Core {
             .ports
             .transmit(&mut self.shared.pool, &self.shared.counters);
         self.flush_handover();
-        let held = self.shared.ports.backlog();
+        let held = self.shared.ports.backlog() + self.inbound.held() + self.outbound.held();
         self.shared.counters.waiting.set(held as u64);
         work
     }
@@ -141,6 +141,8 @@ impl Core {
     /// Gives every held frame back, counted as dropped at shutdown, and empties the ports.
     pub(super) fn shut_down(&mut self) {
         let shared = &mut self.shared;
+        self.inbound.abandon(shared);
+        self.outbound.abandon(shared);
         shared.ports.abandon(&mut shared.pool, &shared.counters);
         let mut late = Vec::new();
         shared.handover.receive(usize::MAX, |h| late.push(h.frame));

@@ -1,7 +1,7 @@
 //! From the unprotected side: ESP to its SA, opened, checked against policy; clear text checked against policy.
 
-use pmd::BURST;
 use pmd::engine::{EspJob, JobKind, JobStatus};
+use pmd::{BURST, Frame};
 use sa_store::drops::{Consumed, DropReason};
 use sa_store::flow::{FlowCache, FlowKey};
 use sa_store::replay::Replay;
@@ -14,7 +14,8 @@ use super::handover::{Handed, Task};
 use super::outbound::Outbound;
 use super::setup::{PipelineConfig, PolicyHits, Side};
 use crate::esp::decap::{self, DecapPre, Decapped};
-use crate::wire::{Frag, Kind, Parsed, proto};
+use crate::esp::reassembly::{Fate, Reassembler};
+use crate::wire::{self, Frag, Kind, Parsed, proto};
 
 /// The inbound half of a worker.
 pub(super) struct Inbound {
@@ -26,6 +27,8 @@ pub(super) struct Inbound {
     done: Vec<EspJob>,
     flows: FlowCache<Verdict>,
     waiting: JobTable,
+    reassembly: Option<Reassembler>,
+    ended: Vec<(Frame, Fate)>,
 }
 
 impl Inbound {
@@ -37,7 +40,22 @@ impl Inbound {
             done: Vec::with_capacity(4 * BURST),
             flows: FlowCache::new(config.flow_entries),
             waiting: JobTable::default(),
+            reassembly: config.reassembly.map(Reassembler::new),
+            ended: Vec::new(),
         }
+    }
+
+    /// Fragments that wait for others.
+    pub(super) fn held(&self) -> usize {
+        self.reassembly.as_ref().map_or(0, Reassembler::held)
+    }
+
+    /// Ends what waits.
+    pub(super) fn abandon(&mut self, shared: &mut Shared) {
+        if let Some(r) = &mut self.reassembly {
+            r.drain(&mut self.ended);
+        }
+        self.settle(shared);
     }
 
     /// One round: returns how many packets it handled.
@@ -50,6 +68,10 @@ impl Inbound {
         let mut work = self.other.len() + self.esp.len();
         if !self.other.is_empty() {
             self.sort_other(shared, snapshot, out);
+        }
+        if let Some(r) = &mut self.reassembly {
+            r.expire(shared.now, &mut self.ended);
+            self.settle(shared);
         }
         if !self.esp.is_empty() {
             self.look_up(shared, snapshot, out);
@@ -268,12 +290,42 @@ impl Inbound {
                         && pkt.p.frag != Frag::No
                         && matches!(pkt.p.proto, proto::ESP | proto::UDP) =>
                 {
-                    shared.drop(pkt.frame, DropReason::FragmentOff);
+                    self.reassemble(shared, pkt);
                 }
                 _ => self.clear_text(shared, snapshot, out, pkt),
             }
         }
         self.other = packets;
+    }
+
+    /// Adds a fragment; a packet that it completes goes on as if it had come whole.
+    fn reassemble(&mut self, shared: &mut Shared, pkt: Pkt) {
+        let Some(reassembly) = &mut self.reassembly else {
+            shared.drop(pkt.frame, DropReason::FragmentOff);
+            return;
+        };
+        let whole = reassembly.push(pkt.frame, &pkt.p, shared.now, &mut self.ended);
+        self.settle(shared);
+        let Some(frame) = whole else { return };
+        match wire::parse_ip(frame.data(), shared.natt) {
+            Ok(p) if p.esp().is_some() => self.esp.push(Pkt {
+                frame,
+                p,
+                port: pkt.port,
+            }),
+            Ok(_) => shared.drop(frame, DropReason::NotForUs),
+            Err(reason) => shared.drop(frame, reason),
+        }
+    }
+
+    /// Counts and gives back what reassembly is done with.
+    fn settle(&mut self, shared: &mut Shared) {
+        for (frame, fate) in self.ended.drain(..) {
+            match fate {
+                Fate::Consumed(kind) => shared.consume(frame, kind),
+                Fate::Dropped(reason) => shared.drop(frame, reason),
+            }
+        }
     }
 }
 

@@ -11,7 +11,5 @@ mod thread;
 
 pub use handover::{Handed, Handover, Task, Waker};
 pub use idle::{Backoff, Idle, IdlePolicy};
-pub use setup::{
-    Locals, PipelineConfig, PolicyHits, PortSetup, ReassemblyLimits, Side, WorkerParts,
-};
+pub use setup::{Locals, PipelineConfig, PolicyHits, PortSetup, Side, WorkerParts};
 pub use thread::{Crew, Worker, gateway_now};

@@ -5,6 +5,7 @@ use pmd::Frame;
 use pmd::engine::{EspJob, JobKind, JobStatus};
 use sa_store::drops::DropReason;
 use sa_store::flow::{FlowCache, FlowKey};
+use sa_store::plan::OutPlan;
 use sa_store::runtime::SaEntry;
 use sa_store::sa::Mode;
 use sa_store::snapshot::Snapshot;
@@ -15,8 +16,17 @@ use super::egress::{Egress, PortHop};
 use super::handover::{Handed, Task};
 use super::setup::{PipelineConfig, PolicyHits, Side};
 use crate::esp::encap::{self, EncapArgs, EncapState, Hop};
+use crate::esp::fragment::fragment;
+use crate::esp::icmp::{self, IcmpError};
 use crate::esp::iv::CbcIvGen;
+use crate::esp::mss;
+use crate::esp::rate::TokenBucket;
 use crate::wire;
+use sa_store::ledger::Generated;
+
+/// ICMP errors that a worker sends, RFC 1812 section 4.3.2.8.
+const ICMP_PER_SECOND: u32 = 1000;
+const ICMP_BURST: u32 = 50;
 
 /// The outbound half of a worker.
 pub(super) struct Outbound {
@@ -31,6 +41,9 @@ pub(super) struct Outbound {
     done: Vec<EspJob>,
     flows: FlowCache<Verdict>,
     state: EncapState,
+    errors: TokenBucket,
+    fragment_id: u32,
+    pieces: Vec<Frame>,
 }
 
 impl Outbound {
@@ -44,6 +57,22 @@ impl Outbound {
             done: Vec::with_capacity(4 * BURST),
             flows: FlowCache::new(config.flow_entries),
             state: EncapState::new(iv, 0),
+            errors: TokenBucket::new(ICMP_PER_SECOND, ICMP_BURST),
+            fragment_id: 0,
+            pieces: Vec::with_capacity(64),
+        }
+    }
+
+    /// Answers that go out with the next round.
+    pub(super) fn held(&self) -> usize {
+        self.forward.len() + self.clear.len() + self.protect.len()
+    }
+
+    /// Ends what waits.
+    pub(super) fn abandon(&mut self, shared: &mut Shared) {
+        let lanes = self.forward.drain(..).chain(self.clear.drain(..));
+        for pkt in lanes.chain(self.protect.drain(..).map(|(pkt, _)| pkt)) {
+            shared.drop(pkt.frame, DropReason::Shutdown);
         }
     }
 
@@ -235,15 +264,25 @@ impl Outbound {
             }
         };
         if pkt.p.ttl <= 1 && plan.mode == Mode::Tunnel {
+            self.answer(shared, &pkt, IcmpError::TimeExceeded);
             shared.drop(pkt.frame, DropReason::TtlExpired);
             return;
         }
         let mtu = plan.outer_mtu(shared.ports.mtu(hop));
         let (front, behind) = plan.worst_growth();
         let mut inner_mtu = mtu;
-        if plan.tfc_to != 0 || usize::from(pkt.p.l3_len) + front + behind > usize::from(mtu) {
+        let tight = usize::from(pkt.p.l3_len) + front + behind > usize::from(mtu);
+        if plan.tfc_to != 0 || plan.mss_clamp || tight {
             inner_mtu = encap::inner_mtu(plan, pkt.frame.data(), &pkt.p, mtu);
-            if pkt.p.l3_len > inner_mtu {
+            if plan.mss_clamp {
+                mss::clamp(
+                    pkt.frame.data_mut(),
+                    &pkt.p,
+                    mss::mss_for(inner_mtu, pkt.p.family),
+                );
+            }
+            if pkt.p.l3_len > inner_mtu && !may_fragment(plan, &pkt.p) {
+                self.answer(shared, &pkt, IcmpError::TooBig { mtu: inner_mtu });
                 shared.drop(pkt.frame, DropReason::TooBig);
                 return;
             }
@@ -298,12 +337,13 @@ impl Outbound {
             }
             shared.counters.encrypted.add(1);
             let mut frame = job.frame;
-            if let Some(plan) = snapshot.sa(job.sa).and_then(|e| e.fixed.out.as_ref())
-                && plan.needs_udp_checksum()
-            {
+            let hop = PortHop::from_tag(job.tag);
+            let mut mtu = shared.ports.mtu(hop);
+            if let Some(plan) = snapshot.sa(job.sa).and_then(|e| e.fixed.out.as_ref()) {
+                mtu = plan.outer_mtu(mtu);
                 encap::finish(&mut frame, plan, job.esp_off);
             }
-            self.send(shared, frame, PortHop::from_tag(job.tag));
+            self.send(shared, frame, hop, mtu);
         }
         self.done = done;
     }
@@ -311,28 +351,97 @@ impl Outbound {
     /// Sends a packet in the clear: hop limit, size, then out.
     fn send_clear(&mut self, shared: &mut Shared, mut pkt: Pkt, hop: PortHop) {
         if let Err(reason) = wire::decrement_ttl(pkt.frame.data_mut(), &pkt.p) {
+            self.answer(shared, &pkt, IcmpError::TimeExceeded);
             shared.drop(pkt.frame, reason);
             return;
         }
         let mtu = shared.ports.mtu(hop);
         if pkt.p.l3_len > mtu && pkt.p.df() {
+            self.answer(shared, &pkt, IcmpError::TooBig { mtu });
             shared.drop(pkt.frame, DropReason::TooBig);
             return;
         }
-        self.send(shared, pkt.frame, hop);
+        self.send(shared, pkt.frame, hop, mtu);
     }
 
-    /// Gives an IP packet to its port, in fragments when it is larger than the port's MTU.
+    /// Gives an IP packet to its port, in fragments when it is larger than `mtu`.
     #[inline]
-    fn send(&mut self, shared: &mut Shared, frame: Frame, hop: PortHop) {
-        if frame.len() > usize::from(shared.ports.mtu(hop)) {
-            shared.drop(frame, DropReason::TooBig);
+    fn send(&mut self, shared: &mut Shared, frame: Frame, hop: PortHop, mtu: u16) {
+        if frame.len() > usize::from(mtu) {
+            self.send_fragments(shared, frame, hop, mtu);
             return;
         }
         if let Err((frame, reason)) = shared.ports.send(frame, hop, &mut shared.handover) {
             shared.drop(frame, reason);
         }
     }
+
+    #[cold]
+    fn send_fragments(&mut self, shared: &mut Shared, frame: Frame, hop: PortHop, mtu: u16) {
+        self.fragment_id = self.fragment_id.wrapping_add(1);
+        let mut pieces = std::mem::take(&mut self.pieces);
+        match fragment(
+            frame,
+            usize::from(mtu),
+            self.fragment_id,
+            &mut shared.pool,
+            &mut pieces,
+        ) {
+            Ok(count) => {
+                // The first fragment is the frame that came in; the others are new.
+                for _ in 1..count {
+                    shared.counters.generate(Generated::Fragment);
+                }
+            }
+            Err((frame, reason)) => shared.drop(frame, reason),
+        }
+        for piece in pieces.drain(..) {
+            if let Err((frame, reason)) = shared.ports.send(piece, hop, &mut shared.handover) {
+                shared.drop(frame, reason);
+            }
+        }
+        self.pieces = pieces;
+    }
+
+    /// Answers with an ICMP error where RFC 1812 and RFC 4443 allow one, within the rate limit. The answer goes
+    /// out with the next round.
+    #[cold]
+    fn answer(&mut self, shared: &mut Shared, pkt: &Pkt, error: IcmpError) {
+        let v6 = pkt.p.family == wire::Family::V6;
+        let Some(from) = shared.config.locals.any(shared.vrf(pkt.port), v6) else {
+            return;
+        };
+        if !icmp::may_answer(&pkt.p, error) || !self.errors.allow(shared.now) {
+            return;
+        }
+        let Some(mut frame) = shared.pool.get_spare() else {
+            return;
+        };
+        if !icmp::build(&mut frame, pkt.frame.data(), &pkt.p, error, from) {
+            shared.pool.put(frame);
+            return;
+        }
+        shared.counters.generate(Generated::Icmp);
+        match wire::parse_ip(frame.data(), shared.natt) {
+            Ok(p) => self.forward.push(Pkt {
+                frame,
+                p,
+                port: pkt.port,
+            }),
+            Err(reason) => shared.drop(frame, reason),
+        }
+    }
+}
+
+/// Whether a packet that is too big may travel in fragments of its outer packet: the outer DF bit is clear (or
+/// would be, over IPv6), RFC 4301 section 8.1.
+fn may_fragment(plan: &OutPlan, p: &wire::Parsed) -> bool {
+    let df = if plan.df_mask != 0 {
+        p.df()
+    } else {
+        plan.df_set != 0
+    };
+    plan.mode == Mode::Tunnel && !df
 }
 
 /// Spreads flows over equal next hops.

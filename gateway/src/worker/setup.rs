@@ -1,6 +1,6 @@
 //! What a worker is made of; assembled by [`crate::app`] before the worker's thread starts.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
 use hashbrown::HashSet;
@@ -15,6 +15,7 @@ use sa_store::snapshot::Reader;
 
 use super::handover::Handover;
 use super::idle::IdlePolicy;
+use crate::esp::reassembly::ReassemblyConfig;
 
 /// On which side of the protection boundary a port lies, RFC 4301 section 3.1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,31 +67,13 @@ impl Locals {
     }
 
     /// Some own address of the family, for the source of ICMP errors.
-    pub fn any(&self, vrf: Vrf, v6: bool) -> Option<u128> {
-        let is_v6 = |a: u128| a >> 32 != 0xffff;
-        self.0
+    pub fn any(&self, vrf: Vrf, v6: bool) -> Option<IpAddr> {
+        let own = self
+            .0
             .iter()
-            .filter(|(v, a)| *v == vrf.0 && is_v6(*a) == v6)
-            .map(|(_, a)| *a)
-            .min()
-    }
-}
-
-/// What to do with IP fragments of packets that are addressed to the gateway.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ReassemblyLimits {
-    /// Fragments held at most, all packets together; 0 turns reassembly off.
-    pub fragments: usize,
-    /// Longest time to wait for the last fragment, nanoseconds.
-    pub timeout: u64,
-}
-
-impl Default for ReassemblyLimits {
-    fn default() -> Self {
-        Self {
-            fragments: 1024,
-            timeout: 2_000_000_000,
-        }
+            .filter(|(v, _)| *v == vrf.0)
+            .map(|(_, a)| Ipv6Addr::from(*a).to_canonical());
+        own.filter(|a| a.is_ipv6() == v6).min()
     }
 }
 
@@ -103,8 +86,8 @@ pub struct PipelineConfig {
     pub locals: Locals,
     /// UDP port, beside 4500, on which NAT-T is expected.
     pub natt_port: u16,
-    /// Fragments.
-    pub reassembly: ReassemblyLimits,
+    /// Bounds for fragments of ESP packets; `None` drops fragments.
+    pub reassembly: Option<ReassemblyConfig>,
     /// Idling.
     pub idle: IdlePolicy,
     /// Flow cache entries per worker.
