@@ -290,7 +290,7 @@ mod tests {
                 }
                 assert_eq!(payload, packet[header..]);
             }
-            assert_eq!(split(&packet, packet.len()).unwrap(), [packet.clone()]);
+            assert_eq!(split(&packet, packet.len()).unwrap(), [packet.as_slice()]);
         }
     }
 

@@ -9,6 +9,8 @@ pub mod decap;
 pub mod ecn;
 pub mod encap;
 pub mod fragment;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod icmp;
 pub mod iv;
 pub mod mss;

@@ -3,10 +3,8 @@
 use std::sync::Arc;
 
 use pmd::{Arena, ArenaConfig, Frame, HugePolicy, Pool};
-use sa_store::sa::*;
-use sa_store::suite::Suite;
 
-use crate::crypto::differential::keys;
+pub(super) use super::fuzz::spec;
 use crate::wire::ipv4::Ipv4Repr;
 use crate::wire::ipv6::Ipv6Repr;
 use crate::wire::udp::UdpRepr;
@@ -121,46 +119,4 @@ pub(super) fn transport_checksum(packet: &[u8], at: usize, next: u8) -> u16 {
         _ => unreachable!("one family"),
     };
     checksum::checksum(pseudo, &packet[at..])
-}
-
-pub(super) fn spec(suite: Suite, mode: Mode, family: Family, udp: bool) -> SaSpec {
-    // Transport mode protects the packets' own addresses.
-    let (src, dst) = match (mode, family) {
-        (Mode::Tunnel, Family::V4) => ("192.0.2.1", "192.0.2.2"),
-        (Mode::Tunnel, Family::V6) => ("2001:db8::1", "2001:db8::2"),
-        (Mode::Transport, Family::V4) => ("10.1.0.1", "10.2.0.2"),
-        (Mode::Transport, Family::V6) => ("2001:db8:1::1", "2001:db8:2::2"),
-    };
-    SaSpec {
-        name: "s".into(),
-        tunnel: "t".into(),
-        direction: Direction::Out,
-        spi: Spi::new(0x1234_5678).unwrap(),
-        src: src.parse().unwrap(),
-        dst: dst.parse().unwrap(),
-        mode,
-        suite,
-        keys: keys(suite, 7),
-        encap: udp.then_some(UdpEncap {
-            sport: 4500,
-            dport: 4500,
-        }),
-        esn: false,
-        replay_window: 64,
-        first_use: true,
-        soft: Limits::default(),
-        hard: Limits::default(),
-        dscp: Dscp::Copy,
-        df: Df::Copy,
-        ecn: true,
-        ttl: 64,
-        pmtu: None,
-        tfc: Tfc::Off,
-        mss_clamp: false,
-        vrf: Vrf::default(),
-        if_id: IfId::default(),
-        selectors: Vec::new(),
-        offload: OffloadMode::Software,
-        engine: None,
-    }
 }

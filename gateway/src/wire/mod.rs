@@ -8,6 +8,8 @@ pub mod arp;
 pub mod checksum;
 pub mod esp;
 pub mod ethernet;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod icmp;
 pub mod ipv4;
 pub mod ipv6;
