@@ -12,8 +12,8 @@ use super::fault::Location;
 
 /// Replay window of SAs that do not say otherwise, packets.
 pub const DEFAULT_WINDOW: u32 = 1024;
-/// Largest replay window, packets.
-pub const MAX_WINDOW: u32 = 1 << 20;
+pub use crate::replay::MAX_WINDOW;
+
 /// Outer TTL or hop limit of SAs that do not say otherwise.
 pub const DEFAULT_TTL: u8 = 64;
 

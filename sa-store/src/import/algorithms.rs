@@ -4,7 +4,7 @@ use crate::file::fault::Fault;
 use crate::suite::{AeadIcv, AesBits, Cipher, Hmac, Suite};
 
 /// AES with a key of so many bytes.
-pub(super) fn aes(bytes: usize) -> Option<AesBits> {
+pub(in crate::import) fn aes(bytes: usize) -> Option<AesBits> {
     [AesBits::B128, AesBits::B192, AesBits::B256]
         .into_iter()
         .find(|b| b.key_len() == bytes)
@@ -12,7 +12,7 @@ pub(super) fn aes(bytes: usize) -> Option<AesBits> {
 
 /// What is ciphered with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Enc {
+pub(in crate::import) enum Enc {
     Null,
     Cbc,
     Ctr,
@@ -22,7 +22,11 @@ pub(super) enum Enc {
 }
 
 /// The suite of a cipher, its key length in bytes (salt included) and an authenticator.
-pub(super) fn suite(enc: Enc, key_len: usize, auth: Option<Hmac>) -> Result<Suite, Fault> {
+pub(in crate::import) fn suite(
+    enc: Enc,
+    key_len: usize,
+    auth: Option<Hmac>,
+) -> Result<Suite, Fault> {
     let salted = || aes(key_len.saturating_sub(4)).ok_or_else(|| no_such_key(key_len, 4));
     match (enc, auth) {
         (Enc::Gcm(icv), None) => Ok(Suite::Gcm(salted()?, icv)),
@@ -42,14 +46,14 @@ pub(super) fn suite(enc: Enc, key_len: usize, auth: Option<Hmac>) -> Result<Suit
 }
 
 /// The GCM ICV of so many bits.
-pub(super) fn icv(bits: u32) -> Option<AeadIcv> {
+pub(in crate::import) fn icv(bits: u32) -> Option<AeadIcv> {
     [AeadIcv::L8, AeadIcv::L12, AeadIcv::L16]
         .into_iter()
         .find(|i| u32::try_from(i.bytes() * 8) == Ok(bits))
 }
 
 /// An algorithm that we do not have.
-pub(super) fn unknown(what: &str, got: &str, known: &str) -> Fault {
+pub(in crate::import) fn unknown(what: &str, got: &str, known: &str) -> Fault {
     Fault::BadValue {
         key: what.into(),
         got: crate::file::value::shown(got),

@@ -18,7 +18,7 @@ use super::{Options, Remark};
 
 /// What links an SA to policies besides its addresses.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Link {
+pub(in crate::import) enum Link {
     /// `reqid` of Linux and setkey; 0 is none.
     Reqid(u32),
     /// Number that the text itself gives to the tunnel.
@@ -26,35 +26,35 @@ pub(super) enum Link {
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct SaDraft {
-    pub(super) at: Location,
-    pub(super) spi: At<u32>,
-    pub(super) src: At<IpAddr>,
-    pub(super) dst: At<IpAddr>,
-    pub(super) direction: Option<Direction>,
-    pub(super) mode: Mode,
-    pub(super) suite: Suite,
-    pub(super) keys: SaKeys,
-    pub(super) key_at: Location,
-    pub(super) link: Link,
-    pub(super) window: Option<At<u32>>,
-    pub(super) esn: bool,
-    pub(super) soft: Limits,
-    pub(super) hard: Limits,
+pub(in crate::import) struct SaDraft {
+    pub(in crate::import) at: Location,
+    pub(in crate::import) spi: At<u32>,
+    pub(in crate::import) src: At<IpAddr>,
+    pub(in crate::import) dst: At<IpAddr>,
+    pub(in crate::import) direction: Option<Direction>,
+    pub(in crate::import) mode: Mode,
+    pub(in crate::import) suite: Suite,
+    pub(in crate::import) keys: SaKeys,
+    pub(in crate::import) key_at: Location,
+    pub(in crate::import) link: Link,
+    pub(in crate::import) window: Option<At<u32>>,
+    pub(in crate::import) esn: bool,
+    pub(in crate::import) soft: Limits,
+    pub(in crate::import) hard: Limits,
     /// In the SA's direction.
-    pub(super) encap: Option<UdpEncap>,
-    pub(super) ecn: bool,
-    pub(super) df: Df,
-    pub(super) dscp: Dscp,
-    pub(super) if_id: u32,
+    pub(in crate::import) encap: Option<UdpEncap>,
+    pub(in crate::import) ecn: bool,
+    pub(in crate::import) df: Df,
+    pub(in crate::import) dscp: Dscp,
+    pub(in crate::import) if_id: u32,
     /// In the SA's direction.
-    pub(super) selectors: Vec<Selector>,
+    pub(in crate::import) selectors: Vec<Selector>,
     /// Packets already sent with the key.
-    pub(super) sent: Option<At<u64>>,
+    pub(in crate::import) sent: Option<At<u64>>,
 }
 
 #[derive(Clone, Debug)]
-pub(super) enum ActionDraft {
+pub(in crate::import) enum ActionDraft {
     Bypass,
     Discard,
     /// Outer addresses in the direction of travel, where the text gives them.
@@ -66,22 +66,22 @@ pub(super) enum ActionDraft {
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct PolicyDraft {
-    pub(super) at: Location,
-    pub(super) direction: Direction,
+pub(in crate::import) struct PolicyDraft {
+    pub(in crate::import) at: Location,
+    pub(in crate::import) direction: Direction,
     /// A `fwd` policy of Linux: inbound for us, and often the same as an `in` one.
-    pub(super) forward: bool,
-    pub(super) priority: u32,
-    pub(super) selector: Selector,
-    pub(super) action: ActionDraft,
-    pub(super) if_id: u32,
+    pub(in crate::import) forward: bool,
+    pub(in crate::import) priority: u32,
+    pub(in crate::import) selector: Selector,
+    pub(in crate::import) action: ActionDraft,
+    pub(in crate::import) if_id: u32,
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Draft {
-    pub(super) sas: Vec<SaDraft>,
-    pub(super) policies: Vec<PolicyDraft>,
-    pub(super) remarks: Vec<Remark>,
+pub(in crate::import) struct Draft {
+    pub(in crate::import) sas: Vec<SaDraft>,
+    pub(in crate::import) policies: Vec<PolicyDraft>,
+    pub(in crate::import) remarks: Vec<Remark>,
 }
 
 /// What SAs must have in common to belong to one tunnel.
@@ -149,7 +149,7 @@ impl Tunnels {
 
 impl Draft {
     /// Joins SAs into tunnels, names everything and checks it all as an SA file is checked.
-    pub(super) fn finish(self, options: &Options, problems: &mut Problems) -> Config {
+    pub(in crate::import) fn finish(self, options: &Options, problems: &mut Problems) -> Config {
         let local = self.local_addresses(options);
         let mut tunnels = Tunnels::default();
         let mut raw = RawFile::default();
@@ -404,7 +404,7 @@ fn name_policies(policies: Vec<Unnamed>, tunnels: &[String], raw: &mut RawFile) 
 }
 
 /// Reports what an SA's numbers and addresses already show to be wrong.
-pub(super) fn check_sa(sa: &SaDraft, problems: &mut Problems) {
+pub(in crate::import) fn check_sa(sa: &SaDraft, problems: &mut Problems) {
     if Spi::new(sa.spi.v).is_none() {
         problems.push(&sa.spi.at, Fault::ReservedSpi(sa.spi.v));
     }

@@ -10,24 +10,24 @@ use crate::file::value::shown;
 
 /// A word of the text. `quoted` words are never keywords or hexadecimal.
 #[derive(Clone, Debug)]
-pub(super) struct Word<'i> {
-    pub(super) text: &'i str,
-    pub(super) at: Location,
-    pub(super) quoted: bool,
+pub(in crate::import) struct Word<'i> {
+    pub(in crate::import) text: &'i str,
+    pub(in crate::import) at: Location,
+    pub(in crate::import) quoted: bool,
 }
 
 /// A statement: its words and a way through them.
 #[derive(Clone, Debug)]
-pub(super) struct Words<'i> {
+pub(in crate::import) struct Words<'i> {
     words: Vec<Word<'i>>,
     next: usize,
     /// Place of the statement.
-    pub(super) at: Location,
+    pub(in crate::import) at: Location,
 }
 
 /// Where statements end, besides the end of the text.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum End {
+pub(in crate::import) enum End {
     /// At the end of a line, unless it ends with `\`.
     Line,
     /// At `;`.
@@ -40,18 +40,18 @@ pub(super) enum End {
 type Result<T> = std::result::Result<T, (Location, Fault)>;
 
 impl<'i> Words<'i> {
-    pub(super) fn next(&mut self) -> Option<Word<'i>> {
+    pub(in crate::import) fn next(&mut self) -> Option<Word<'i>> {
         let w = self.words.get(self.next).cloned();
         self.next += usize::from(w.is_some());
         w
     }
 
-    pub(super) fn peek(&self) -> Option<&Word<'i>> {
+    pub(in crate::import) fn peek(&self) -> Option<&Word<'i>> {
         self.words.get(self.next)
     }
 
     /// The next word when it is this keyword.
-    pub(super) fn take(&mut self, keyword: &str) -> Option<Location> {
+    pub(in crate::import) fn take(&mut self, keyword: &str) -> Option<Location> {
         let w = self.peek().filter(|w| !w.quoted && w.text == keyword)?;
         let at = w.at.clone();
         self.next += 1;
@@ -59,14 +59,14 @@ impl<'i> Words<'i> {
     }
 
     /// The next word, which `what` must follow.
-    pub(super) fn value(&mut self, what: &str) -> Result<Word<'i>> {
+    pub(in crate::import) fn value(&mut self, what: &str) -> Result<Word<'i>> {
         let last = self.words.last().map_or(&self.at, |w| &w.at).clone();
         self.next()
             .ok_or_else(|| (last, Fault::Syntax(format!("{what} is lacking here"))))
     }
 
     /// The next word, read by `read`, which gets the name of what it reads.
-    pub(super) fn parsed<T>(
+    pub(in crate::import) fn parsed<T>(
         &mut self,
         what: &str,
         read: impl FnOnce(&str, &'i str) -> std::result::Result<T, Fault>,
@@ -79,19 +79,22 @@ impl<'i> Words<'i> {
     }
 
     /// The next word as a number, decimal or `0x`.
-    pub(super) fn number<T: TryFrom<u64>>(&mut self, what: &str) -> Result<At<T>> {
+    pub(in crate::import) fn number<T: TryFrom<u64>>(&mut self, what: &str) -> Result<At<T>> {
         self.parsed(what, number)
     }
 
     /// All words that are left.
-    pub(super) fn rest(&mut self) -> &[Word<'i>] {
+    pub(in crate::import) fn rest(&mut self) -> &[Word<'i>] {
         let from = std::mem::replace(&mut self.next, self.words.len());
         self.words.get(from..).unwrap_or_default()
     }
 }
 
 /// A number, decimal or `0x`.
-pub(super) fn number<T: TryFrom<u64>>(what: &str, s: &str) -> std::result::Result<T, Fault> {
+pub(in crate::import) fn number<T: TryFrom<u64>>(
+    what: &str,
+    s: &str,
+) -> std::result::Result<T, Fault> {
     let n = match s.strip_prefix("0x") {
         Some(h) => u64::from_str_radix(h, 16),
         None => s.parse(),
@@ -108,7 +111,7 @@ pub(super) fn number<T: TryFrom<u64>>(what: &str, s: &str) -> std::result::Resul
 
 /// Key material: `0x` and hexadecimal digits, bytes set apart by `:` (ipsec-secgw), or else the characters
 /// themselves, which both ip and setkey take for keys.
-pub(super) fn key(
+pub(in crate::import) fn key(
     key: &'static str,
     w: &Word<'_>,
 ) -> std::result::Result<Zeroizing<Vec<u8>>, Fault> {
@@ -119,7 +122,7 @@ pub(super) fn key(
 }
 
 /// Splits `text` into statements. `#` starts a comment.
-pub(super) fn statements<'i>(
+pub(in crate::import) fn statements<'i>(
     text: &'i str,
     name: &Path,
     end: End,

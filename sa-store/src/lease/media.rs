@@ -25,6 +25,36 @@ pub trait Media {
     fn sync(&mut self) -> io::Result<()>;
 }
 
+/// Memory, for tests and fuzzing: everything is durable at once.
+impl Media for Vec<u8> {
+    fn len(&self) -> io::Result<u64> {
+        u64::try_from(Vec::len(self)).map_err(io::Error::other)
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let at = usize::try_from(offset).map_err(io::Error::other)?;
+        let end = at.saturating_add(buf.len());
+        buf.copy_from_slice(self.get(at..end).ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    fn write_at(&mut self, buf: &[u8], offset: u64) -> io::Result<()> {
+        let at = usize::try_from(offset).map_err(io::Error::other)?;
+        let end = at.saturating_add(buf.len());
+        if Vec::len(self) < end {
+            self.resize(end, 0);
+        }
+        if let Some(place) = self.get_mut(at..end) {
+            place.copy_from_slice(buf);
+        }
+        Ok(())
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// The file `leases` of a directory that one process holds locked.
 #[derive(Debug)]
 pub struct DiskMedia {

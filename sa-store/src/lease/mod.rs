@@ -4,11 +4,16 @@
 //! **Outbound.** A block of sequence numbers is on disk before its first number is used. After a crash
 //! sending resumes at the end of the block, so at most a block of numbers is skipped; none is repeated.
 //!
-//! **Inbound.** An *edge* is on disk, ahead of the highest number accepted, and nothing above it is
-//! accepted until a higher edge is on disk. After a crash everything up to the edge counts as seen. So no
-//! replay is ever accepted, and what the peer sends next is lost until it passes the edge: at most a
-//! block, which [`policy::Blocks::INBOUND`] keeps to about a second of traffic. As the peer goes on sending while
-//! the gateway restarts, little of that remains. The edge is a 64-bit number, so ESN needs no guess.
+//! **Inbound.** An *edge* is on disk, ahead of the highest number accepted. After a crash everything up to
+//! the edge counts as seen, so no number below it is accepted again, and what the peer sends next is lost
+//! until it passes the edge: at most a block, which [`policy::Blocks::INBOUND`] keeps to about a second of
+//! traffic. As the peer goes on sending while the gateway restarts, little of that remains. The edge is a
+//! 64-bit number, so ESN needs no guess.
+//!
+//! The caller decides about numbers above the edge, which a burst on an idle SA or a jump of the peer
+//! brings. If it refuses them until a higher edge is on disk, no replay is ever possible, and the start
+//! of such a burst is lost. If it accepts them, they could be replayed should the machine crash before the
+//! edge has followed.
 //!
 //! A clean stop writes the exact numbers: nothing is skipped or lost.
 //!
@@ -31,6 +36,11 @@ mod writer;
 pub use media::{DiskMedia, Media};
 pub use store::{KeyId, LeaseError, LeaseHandle, LeaseStore, Resume, Update};
 pub use writer::{Lease, LeaseWriter, OnFailure, Release};
+
+/// Entry for fuzzers: any bytes as a store's file. Opening, claiming and committing must not panic.
+pub fn fuzz_store(data: &[u8]) {
+    store::fuzz(data);
+}
 
 #[cfg(test)]
 mod tests;

@@ -476,3 +476,26 @@ fn every_suite_can_be_claimed_in_both_directions() {
         }
     }
 }
+
+proptest! {
+    #[test]
+    fn any_bytes_may_lie_where_a_store_is_looked_for(
+        cut in 0usize..300_000,
+        flips in prop::collection::vec((any::<prop::sample::Index>(), 1u8..), 0..20),
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut s = LeaseStore::open(dir.path()).unwrap();
+        let a = s.claim(&out(1, true)).unwrap();
+        s.commit(&[advance(a.handle, 5)]).unwrap();
+        drop(s);
+        let mut bytes = std::fs::read(dir.path().join("leases")).unwrap();
+        bytes.truncate(cut);
+        for (at, x) in flips {
+            if !bytes.is_empty() {
+                let at = at.index(bytes.len());
+                bytes[at] ^= x;
+            }
+        }
+        fuzz_store(&bytes);
+    }
+}
