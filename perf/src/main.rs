@@ -1,0 +1,311 @@
+//! `perf`: measures the gateway.
+
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use gateway::crypto::select::{Choice, Compare, Selection};
+use perf::bar::{self, Verdict};
+use perf::clock::Rates;
+use perf::machine::{self, HugePages, Machine};
+use perf::measure::{Bench, Effort};
+use perf::report::{self, Report};
+use perf::rig;
+use perf::scenario::{Scenario, Spread};
+use perf::traffic::Mix;
+use pmd::Arena;
+use quanta::Clock;
+use sa_store::sa::Direction;
+use sa_store::suite::Suite;
+
+/// Measures the Esplanade gateway: real workers and look-ups, memory ports, no NIC.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Args)]
+struct Common {
+    /// Frames that cycle, per worker.
+    #[arg(long, global = true, default_value_t = 1024)]
+    frames: usize,
+    /// Runs of each measurement; the median counts.
+    #[arg(long, global = true, default_value_t = 5)]
+    runs: usize,
+    /// Milliseconds on the clock per run.
+    #[arg(long, global = true, default_value_t = 100)]
+    time: u64,
+    /// CPU to pin a single worker to; the last one that is allowed when not given.
+    #[arg(long, global = true)]
+    cpu: Option<usize>,
+    /// Write the results as JSON.
+    #[arg(long, global = true, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Draw the results as SVG.
+    #[arg(long, global = true, value_name = "FILE")]
+    plot: Option<PathBuf>,
+    /// Do not ask for huge pages, neither for frames nor for the heap.
+    #[arg(long, global = true)]
+    small_pages: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Measures every combination of the lists.
+    Run(RunArgs),
+    /// Measures the cells of the peers' table and compares.
+    Bar {
+        /// Crypto providers to measure with, one table each.
+        #[arg(long, value_delimiter = ',', default_value = "auto,aws-lc,ring")]
+        providers: Vec<Choice>,
+    },
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    /// Inner packet sizes, bytes, or "imix".
+    #[arg(long, value_delimiter = ',', default_value = "64,512,1420,imix")]
+    sizes: Vec<Mix>,
+    /// Suites.
+    #[arg(long, value_delimiter = ',', default_value = "aes-128-gcm-16")]
+    suites: Vec<Suite>,
+    /// Directions.
+    #[arg(long, value_delimiter = ',', default_value = "out,in")]
+    directions: Vec<Way>,
+    /// Numbers of SAs.
+    #[arg(long, value_delimiter = ',', default_value = "1,1000,10000,100000")]
+    sas: Vec<u32>,
+    /// Flows; as many as SAs when not given.
+    #[arg(long)]
+    flows: Option<u32>,
+    /// Numbers of policies; raised to the number of SAs, which need one each.
+    #[arg(long, value_delimiter = ',', default_value = "1")]
+    policies: Vec<u32>,
+    /// Numbers of workers.
+    #[arg(long, value_delimiter = ',', default_value = "1")]
+    workers: Vec<usize>,
+    /// Which worker gets a packet.
+    #[arg(long, value_enum, default_value = "owner")]
+    spread: Spread,
+    /// Crypto provider, or "auto".
+    #[arg(long, default_value = "auto")]
+    provider: Choice,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Way {
+    Out,
+    In,
+}
+
+impl From<Way> for Direction {
+    fn from(way: Way) -> Self {
+        match way {
+            Way::Out => Self::Out,
+            Way::In => Self::In,
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if !cli.common.small_pages {
+        machine::with_huge_heap();
+    }
+    match run(&cli) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) => {
+            eprintln!("perf: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Whether everything that was to be reached was reached.
+fn run(cli: &Cli) -> Result<bool> {
+    let workers = match &cli.command {
+        Command::Run(args) => args.workers.iter().copied().max().unwrap_or(1),
+        Command::Bar { .. } => 1,
+    };
+    let mut ground = Ground::prepare(&cli.common, workers)?;
+    report::print_machine(&ground.report.machine, &ground.report.rates);
+    let done = match &cli.command {
+        Command::Run(args) => ground.run(args),
+        Command::Bar { providers } => ground.bar(providers),
+    }?;
+    if let Some(path) = &cli.common.json {
+        ground.report.write_json(path)?;
+    }
+    if let Some(path) = &cli.common.plot {
+        ground.report.write_plot(path)?;
+    }
+    Ok(done)
+}
+
+/// What all measurements share.
+struct Ground {
+    arena: Arc<Arena>,
+    _huge: Option<HugePages>,
+    clock: Clock,
+    effort: Effort,
+    frames: usize,
+    report: Report,
+}
+
+impl Ground {
+    fn prepare(common: &Common, workers: usize) -> Result<Self> {
+        let mut machine = Machine::detect();
+        machine.pinned = machine::pin(common.cpu);
+        let huge = (!common.small_pages)
+            .then(|| HugePages::reserve(rig::arena_bytes(workers, common.frames)));
+        let huge = match huge {
+            Some(Err(error)) => {
+                eprintln!("no huge pages reserved for frames: {error}");
+                None
+            }
+            Some(Ok(pages)) => Some(pages),
+            None => None,
+        };
+        let arena = rig::arena_for(workers, common.frames)?;
+        machine.frame_page = arena.page_size();
+        let clock = Clock::new();
+        let rates = Rates::measure(&clock);
+        Ok(Self {
+            arena,
+            _huge: huge,
+            clock,
+            effort: Effort {
+                runs: common.runs.max(1),
+                time: Duration::from_millis(common.time),
+            },
+            frames: common.frames,
+            report: Report {
+                machine,
+                rates,
+                outcomes: Vec::new(),
+            },
+        })
+    }
+
+    fn bench<'a>(&'a self, selection: &'a Selection) -> Bench<'a> {
+        Bench {
+            factory: selection,
+            arena: &self.arena,
+            clock: &self.clock,
+            rates: self.report.rates,
+            effort: self.effort,
+        }
+    }
+
+    fn run(&mut self, args: &RunArgs) -> Result<bool> {
+        let selection = Selection::new(args.provider, Compare::Measure)?;
+        report::print_head();
+        for scenario in self.scenarios(args) {
+            let outcome = self.bench(&selection).measure(&scenario)?;
+            report::print_outcome(&outcome);
+            self.report.outcomes.push(outcome);
+        }
+        Ok(true)
+    }
+
+    fn scenarios(&self, args: &RunArgs) -> Vec<Scenario> {
+        let mut list = Vec::new();
+        for &suite in &args.suites {
+            for &sas in &args.sas {
+                for &policies in &args.policies {
+                    for &workers in &args.workers {
+                        for mix in &args.sizes {
+                            for &way in &args.directions {
+                                list.push(Scenario {
+                                    suite,
+                                    direction: way.into(),
+                                    sas,
+                                    flows: args.flows.unwrap_or(sas).max(sas),
+                                    policies: policies.max(sas),
+                                    workers,
+                                    spread: args.spread,
+                                    mix: mix.clone(),
+                                    frames: self.frames,
+                                });
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        list
+    }
+
+    fn bar(&mut self, providers: &[Choice]) -> Result<bool> {
+        let suite: Suite = "aes-128-gcm-16".parse()?;
+        let mut best_behind = None;
+        for &choice in providers {
+            let selection = Selection::new(choice, Compare::Measure)?;
+            println!(
+                "\ncrypto {choice}: {}",
+                selection
+                    .table()
+                    .iter()
+                    .find(|r| r.suite == suite)
+                    .map_or("none", |r| r.provider.name())
+            );
+            report::print_head();
+            let mut verdicts = Vec::new();
+            for scenario in cells(suite, self.frames) {
+                let outcome = self.bench(&selection).measure(&scenario)?;
+                report::print_outcome(&outcome);
+                verdicts.extend(Verdict::of(&outcome));
+                self.report.outcomes.push(outcome);
+            }
+            println!();
+            let behind = bar::print(&verdicts);
+            // The first table is the one that counts; the others are stated.
+            best_behind.get_or_insert(behind);
+        }
+        println!(
+            "{} frames cycle; working set of the largest cell {} KiB of frames besides SAs and keys; replay window on inbound",
+            self.frames,
+            self.report
+                .outcomes
+                .iter()
+                .map(|o| o.working_set)
+                .max()
+                .unwrap_or(0)
+                / 1024
+        );
+        Ok(best_behind == Some(0))
+    }
+}
+
+/// The cells of the peers' table.
+fn cells(suite: Suite, frames: usize) -> Vec<Scenario> {
+    let mut list = Vec::new();
+    for (sas, _) in bar::PEERS {
+        for size in bar::SIZES {
+            for direction in [Direction::Out, Direction::In] {
+                list.push(Scenario {
+                    suite,
+                    direction,
+                    sas,
+                    flows: sas,
+                    policies: sas,
+                    workers: 1,
+                    spread: Spread::Owner,
+                    mix: size.parse().expect("sizes of the table are valid"),
+                    frames,
+                });
+            }
+        }
+    }
+    list
+}

@@ -1,0 +1,489 @@
+//! Real workers between memory ports, driven by one thread each, with everything that is not the gateway's work
+//! done while the clock stands still.
+//!
+//! ```text
+//!   outbound:  generator ─▶ port 0 │ worker │ port 1 ─▶ generator
+//!   inbound:   generator ─▶ port 0 │ sealer │ ─▶ port 0 │ worker │ port 1 ─▶ generator
+//!                                    (clock stopped)      (clock runs)
+//! ```
+//!
+//! All frames of a lane take part in every step: written anew by the generator (for inbound then sealed by
+//! another gateway, with numbers that go on, so that the replay window is at work), taken in by the worker in
+//! bursts, sent. Only the rounds of the worker are timed.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use anyhow::{Context, Result, bail};
+use gateway::app::{AssemblyConfig, OpenPort, assemble};
+use gateway::worker::{Locals, PortSetup, Side, Worker};
+use pmd::memory::{MemoryPort, PairConfig, pair};
+use pmd::port::MacAddr;
+use pmd::{Arena, ArenaConfig, Frame, HugePolicy, Pool, Port, PortQueue};
+use quanta::Clock;
+use sa_store::cipher::CipherFactory;
+use sa_store::ledger::WorkerCounters;
+use sa_store::sa::{Direction, Vrf};
+use sa_store::store::Store;
+
+use crate::machine;
+use crate::scenario::{Scenario, Spread};
+use crate::traffic::Generator;
+
+/// Bytes from frame to frame.
+pub const STRIDE: u32 = 2048;
+const WORKER_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0xb];
+const POOL_CACHE: usize = 64;
+/// Rounds without progress after which a measurement is broken.
+const STUCK: u32 = 10_000_000;
+
+/// One worker with its generator.
+struct Lane {
+    generator: Generator,
+    feed: Box<dyn PortQueue>,
+    collect: Box<dyn PortQueue>,
+    sealer: Option<(Worker, Arc<WorkerCounters>)>,
+    worker: Worker,
+    idle: Vec<Frame>,
+    pool: Pool,
+}
+
+/// Everything that a scenario needs, ready to be stepped.
+pub struct Rig {
+    lanes: Vec<Lane>,
+    counters: Vec<Arc<WorkerCounters>>,
+    /// Store of the gateway that is measured.
+    pub store: Store,
+    clock: Clock,
+    frames: usize,
+    sent: u64,
+    mean_size: f64,
+}
+
+/// What a step took.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    /// Packets.
+    pub packets: usize,
+    /// Time-stamp counter ticks from the first worker's start to the last one's end.
+    pub ticks: u64,
+}
+
+impl Rig {
+    /// Makes the gateways of `scenario`. `arena` comes from [`arena_for`].
+    ///
+    /// # Errors
+    /// What any part refuses.
+    pub fn new(
+        scenario: &Scenario,
+        factory: &dyn CipherFactory,
+        arena: &Arc<Arena>,
+    ) -> Result<Self> {
+        scenario.check()?;
+        let n = scenario.workers;
+        let pair_config = PairConfig {
+            queues: n,
+            ring: scenario.frames.next_power_of_two(),
+            mtu: 1500,
+        };
+        let (feed, inlet) = pair("feed", "in", &pair_config);
+        let (outlet, collect) = pair("out", "collect", &pair_config);
+        let mut sealers = Vec::new();
+        let (feed, inlet) = match scenario.direction {
+            Direction::Out => (open(feed, n, arena)?, open(inlet, n, arena)?),
+            Direction::In => {
+                let mut feeds = Vec::new();
+                for (lane, queue) in open(feed, n, arena)?.into_iter().enumerate() {
+                    let (generator, inside) = pair(
+                        "generator",
+                        "inside",
+                        &PairConfig {
+                            queues: 1,
+                            ..pair_config.clone()
+                        },
+                    );
+                    feeds.extend(open(generator, 1, arena)?);
+                    let inside = open(inside, 1, arena)?;
+                    sealers.push(sealer(scenario, factory, arena, lane, inside, queue)?);
+                }
+                (feeds, open(inlet, n, arena)?)
+            }
+        };
+        let (first, second) = match scenario.direction {
+            Direction::Out => (Side::Inside, Side::Outside),
+            Direction::In => (Side::Outside, Side::Inside),
+        };
+        let outlet = open(outlet, n, arena)?;
+        let mut gateway = assemble(
+            config(scenario, n),
+            arena,
+            vec![port("in", first, inlet), port("out", second, outlet)],
+        )?;
+        scenario.install(
+            &mut gateway.store,
+            scenario.direction,
+            factory,
+            &gateway.clock,
+            |_| true,
+        )?;
+        let mut pool = Pool::new(arena, POOL_CACHE);
+        let mut lanes = Vec::new();
+        let ends = feed.into_iter().zip(open(collect, n, arena)?);
+        for (lane, ((feed, collect), worker)) in ends.zip(gateway.workers).enumerate() {
+            let mut idle = Vec::with_capacity(scenario.frames);
+            if pool.get_bulk(&mut idle, scenario.frames) != scenario.frames {
+                pool.put_bulk(&mut idle);
+                bail!("the arena has too few frames");
+            }
+            let flows = (0..scenario.flows)
+                .filter(|flow| lane_of(scenario, *flow) == lane)
+                .map(|flow| scenario.destination(flow))
+                .collect();
+            lanes.push(Lane {
+                generator: Generator::new(scenario.mix.clone(), flows, WORKER_MAC),
+                feed,
+                collect,
+                sealer: (!sealers.is_empty()).then(|| sealers.remove(0)),
+                worker,
+                idle,
+                pool: Pool::new(arena, POOL_CACHE),
+            });
+        }
+        if lanes.iter().any(|l| l.generator.flows() == 0) {
+            for lane in &mut lanes {
+                lane.pool.put_bulk(&mut lane.idle);
+            }
+            bail!("fewer SAs than workers: some worker would have nothing to do");
+        }
+        Ok(Self {
+            lanes,
+            counters: gateway.counters,
+            store: gateway.store,
+            clock: gateway.clock,
+            frames: scenario.frames,
+            sent: 0,
+            mean_size: scenario.mix.mean(),
+        })
+    }
+
+    /// Steps after which every flow was visited, and the caches are as they will be.
+    pub fn warm_up_steps(&self) -> usize {
+        let flows = self.lanes.iter().map(|l| l.generator.flows()).max();
+        (2 * flows.unwrap_or(0)).div_ceil(self.frames).max(8)
+    }
+
+    /// Mean inner packet, bytes.
+    pub fn mean_size(&self) -> f64 {
+        self.mean_size
+    }
+
+    /// One step: every frame once. Calls `between` after the packets are ready and before the clock starts.
+    ///
+    /// # Errors
+    /// Packets were dropped, or do not come out.
+    pub fn step(&mut self, between: impl FnOnce(&mut Store)) -> Result<Step> {
+        for lane in &mut self.lanes {
+            lane.prepare(self.frames)?;
+        }
+        between(&mut self.store);
+        let packets = self.frames * self.lanes.len();
+        let target = self.sent + packets as u64;
+        let ticks = if let [lane] = &mut self.lanes[..] {
+            let counters = &self.counters[0];
+            lane.run(&self.clock, || counters.sent.value() >= target)
+        } else {
+            self.run_together(target)
+        };
+        self.check(target)?;
+        self.sent = target;
+        for lane in &mut self.lanes {
+            while lane
+                .collect
+                .rx_burst(&mut lane.pool, &mut lane.idle, usize::MAX)
+                != 0
+            {}
+        }
+        self.balance();
+        Ok(Step { packets, ticks })
+    }
+
+    /// All workers at once, each on its own CPU; the clock runs from the common start to the last one's end.
+    fn run_together(&mut self, target: u64) -> u64 {
+        let ready = AtomicU64::new(0);
+        let go = AtomicBool::new(false);
+        let all = self.lanes.len() as u64;
+        let (clock, counters) = (&self.clock, &self.counters);
+        let done = || counters.iter().map(|c| c.sent.value()).sum::<u64>() >= target;
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = self
+                .lanes
+                .iter_mut()
+                .enumerate()
+                .map(|(cpu, lane)| {
+                    let (ready, go, done) = (&ready, &go, &done);
+                    scope.spawn(move || {
+                        machine::pin(Some(cpu));
+                        ready.fetch_add(1, Ordering::AcqRel);
+                        while !go.load(Ordering::Acquire) {
+                            std::hint::spin_loop();
+                        }
+                        lane.run(clock, done)
+                    })
+                })
+                .collect();
+            while ready.load(Ordering::Acquire) != all {
+                std::thread::yield_now();
+            }
+            go.store(true, Ordering::Release);
+            threads
+                .into_iter()
+                .filter_map(|t| t.join().ok())
+                .max()
+                .unwrap_or(0)
+        })
+    }
+
+    /// Every packet came out.
+    fn check(&self, target: u64) -> Result<()> {
+        let sent: u64 = self.counters.iter().map(|c| c.sent.value()).sum();
+        if sent == target {
+            return Ok(());
+        }
+        let reasons: Vec<String> = self
+            .counters
+            .iter()
+            .flat_map(|c| sa_store::drops::DropReason::ALL.iter().zip(&c.dropped))
+            .filter(|(_, n)| n.value() != 0)
+            .map(|(reason, n)| format!("{} {}", n.value(), reason.name()))
+            .collect();
+        bail!(
+            "{sent} of {target} packets came out; dropped: {}",
+            reasons.join(", ")
+        )
+    }
+
+    /// With several workers a lane may get back other frames than it sent: even them out.
+    fn balance(&mut self) {
+        let mut surplus = Vec::new();
+        for lane in &mut self.lanes {
+            let keep = self.frames.min(lane.idle.len());
+            surplus.extend(lane.idle.drain(keep..));
+        }
+        for lane in &mut self.lanes {
+            let missing = self.frames - lane.idle.len();
+            lane.idle
+                .extend(surplus.drain(surplus.len().saturating_sub(missing)..));
+        }
+    }
+
+    /// Packets handed from worker to worker so far.
+    pub fn handed_over(&self) -> u64 {
+        self.counters.iter().map(|c| c.handed_in.value()).sum()
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        for lane in self.lanes.drain(..) {
+            let Lane {
+                mut feed,
+                mut collect,
+                sealer,
+                worker,
+                mut idle,
+                mut pool,
+                ..
+            } = lane;
+            worker.shut_down();
+            if let Some((sealer, _)) = sealer {
+                sealer.shut_down();
+            }
+            feed.drain(&mut pool);
+            collect.drain(&mut pool);
+            pool.put_bulk(&mut idle);
+        }
+    }
+}
+
+impl Lane {
+    /// Writes all frames anew and puts them before the worker. The clock stands still.
+    fn prepare(&mut self, frames: usize) -> Result<()> {
+        for frame in &mut self.idle {
+            self.generator.fill(frame);
+        }
+        self.feed.tx_burst(&mut self.pool, &mut self.idle);
+        if !self.idle.is_empty() {
+            bail!("the worker's receive ring is too short");
+        }
+        let Some((sealer, counters)) = &mut self.sealer else {
+            return Ok(());
+        };
+        let target = counters.sent.value() + frames as u64;
+        let mut idle = 0;
+        while counters.sent.value() < target {
+            idle = if sealer.round() == 0 { idle + 1 } else { 0 };
+            if idle > STUCK {
+                bail!("the sealing gateway lost packets");
+            }
+        }
+        Ok(())
+    }
+
+    /// Rounds until everything is sent. Returns the ticks that it took.
+    fn run(&mut self, clock: &Clock, done: impl Fn() -> bool) -> u64 {
+        let start = clock.raw();
+        let mut idle = 0;
+        while !done() {
+            idle = if self.worker.round() == 0 {
+                idle + 1
+            } else {
+                0
+            };
+            if idle > STUCK {
+                break;
+            }
+        }
+        clock.raw() - start
+    }
+}
+
+/// An arena for a scenario, and the page size that it got.
+///
+/// # Errors
+/// No memory.
+pub fn arena_for(workers: usize, frames: usize) -> Result<Arc<Arena>> {
+    // The pools of generator, sealer and worker each hold some back.
+    let count = workers * (frames + 12 * POOL_CACHE) + 4 * POOL_CACHE;
+    Arena::new(ArenaConfig {
+        frames: u32::try_from(count).context("too many frames")?,
+        stride: STRIDE,
+        huge: HugePolicy::Auto,
+        name: "perf".into(),
+        ..ArenaConfig::default()
+    })
+    .context("frames")
+}
+
+/// Bytes that [`arena_for`] needs.
+pub fn arena_bytes(workers: usize, frames: usize) -> usize {
+    (workers * (frames + 12 * POOL_CACHE) + 4 * POOL_CACHE) * STRIDE as usize
+}
+
+/// Lane that a flow's packets come in by.
+fn lane_of(scenario: &Scenario, flow: u32) -> usize {
+    let workers = scenario.workers;
+    let sa = scenario.sa_of(flow) as usize;
+    match scenario.spread {
+        Spread::Owner => sa % workers,
+        Spread::Any => sa / workers % workers,
+    }
+}
+
+fn open(port: MemoryPort, n: usize, arena: &Arc<Arena>) -> Result<Vec<Box<dyn PortQueue>>> {
+    Ok(Box::new(port).queues(n, arena)?)
+}
+
+fn port(name: &str, side: Side, queues: Vec<Box<dyn PortQueue>>) -> OpenPort {
+    OpenPort {
+        setup: PortSetup {
+            name: name.to_owned(),
+            side,
+            vrf: Vrf(0),
+            vlan: None,
+            mac: MacAddr(WORKER_MAC),
+            mtu: 1500,
+        },
+        queues,
+    }
+}
+
+fn config(scenario: &Scenario, workers: usize) -> AssemblyConfig {
+    let address = std::net::Ipv4Addr::new(192, 0, 2, 1);
+    AssemblyConfig {
+        cpus: vec![None; workers],
+        max_sas: scenario.sas,
+        handover_slots: scenario.frames.next_power_of_two(),
+        pool_cache: POOL_CACHE,
+        locals: Locals::new([(Vrf(0), address.into())]),
+        flow_entries: (2 * scenario.flows as usize).max(1 << 16),
+        policy_slots: scenario.policies as usize + 4096,
+        ..AssemblyConfig::default()
+    }
+}
+
+/// A gateway of one worker that seals what the lane's generator makes.
+fn sealer(
+    scenario: &Scenario,
+    factory: &dyn CipherFactory,
+    arena: &Arc<Arena>,
+    lane: usize,
+    inside: Vec<Box<dyn PortQueue>>,
+    outside: Box<dyn PortQueue>,
+) -> Result<(Worker, Arc<WorkerCounters>)> {
+    let ports = vec![
+        port("clear", Side::Inside, inside),
+        port("sealed", Side::Outside, vec![outside]),
+    ];
+    let mut gateway = assemble(config(scenario, 1), arena, ports)?;
+    let mut wanted = vec![false; scenario.sas as usize];
+    for flow in (0..scenario.flows).filter(|flow| lane_of(scenario, *flow) == lane) {
+        wanted[scenario.sa_of(flow) as usize] = true;
+    }
+    scenario.install(
+        &mut gateway.store,
+        Direction::Out,
+        factory,
+        &gateway.clock,
+        |sa| wanted[sa as usize],
+    )?;
+    let worker = gateway.workers.pop().context("one worker was asked for")?;
+    Ok((worker, gateway.counters.remove(0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gateway::crypto::{Fixed, rustcrypto::RustCrypto};
+
+    fn step_all(direction: Direction, workers: usize, spread: Spread) -> Rig {
+        let scenario = Scenario {
+            suite: "aes-128-gcm-16".parse().unwrap(),
+            direction,
+            sas: 12,
+            flows: 24,
+            policies: 50,
+            workers,
+            spread,
+            mix: "imix".parse().unwrap(),
+            frames: 128,
+        };
+        let arena = arena_for(workers, scenario.frames).unwrap();
+        let mut rig = Rig::new(&scenario, &Fixed(RustCrypto), &arena).unwrap();
+        for _ in 0..5 {
+            assert_eq!(rig.step(|_| ()).unwrap().packets, 128 * workers);
+        }
+        rig
+    }
+
+    #[test]
+    fn every_packet_comes_out_sealed_and_opened_again() {
+        for direction in [Direction::Out, Direction::In] {
+            let rig = step_all(direction, 1, Spread::Owner);
+            let counters = &rig.counters[0];
+            let (sealed, opened) = (counters.encrypted.value(), counters.decrypted.value());
+            match direction {
+                Direction::Out => assert_eq!((sealed, opened), (640, 0)),
+                Direction::In => assert_eq!((sealed, opened), (0, 640)),
+            }
+        }
+    }
+
+    #[test]
+    fn packets_are_handed_over_only_when_they_come_to_the_wrong_worker() {
+        for direction in [Direction::Out, Direction::In] {
+            assert_eq!(step_all(direction, 2, Spread::Owner).handed_over(), 0);
+            let handed = step_all(direction, 2, Spread::Any).handed_over();
+            assert!((500..800).contains(&handed), "{handed} of 1280");
+        }
+    }
+}
