@@ -204,6 +204,7 @@ mod tests {
             effort: Effort {
                 runs: 1,
                 time: Duration::from_millis(1),
+                limit: true,
             },
         };
         for suite in sa_store::suite::Suite::all() {

@@ -53,6 +53,9 @@ struct Common {
     /// Draw the results as SVG.
     #[arg(long, global = true, value_name = "FILE")]
     plot: Option<PathBuf>,
+    /// Leave out the measurement of the ciphering alone, for profilers.
+    #[arg(long, global = true)]
+    no_limit: bool,
     /// Do not ask for huge pages, neither for frames nor for the heap.
     #[arg(long, global = true)]
     small_pages: bool,
@@ -187,6 +190,7 @@ impl Ground {
             effort: Effort {
                 runs: common.runs.max(1),
                 time: Duration::from_millis(common.time),
+                limit: !common.no_limit,
             },
             frames: common.frames,
             report: Report {

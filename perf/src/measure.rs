@@ -23,6 +23,8 @@ pub struct Effort {
     pub runs: usize,
     /// Time on the clock per run.
     pub time: Duration,
+    /// Whether the ciphering alone is measured too.
+    pub limit: bool,
 }
 
 /// Least steps of a run, whatever the time.
@@ -96,7 +98,11 @@ impl Bench<'_> {
         let mut rig = Rig::new(scenario, self.factory, self.arena)?;
         let series = self.run(&mut rig, |_| ())?;
         drop(rig);
-        let limit_ns = limit::cipher_alone(scenario, self)?;
+        let limit_ns = if self.effort.limit {
+            limit::cipher_alone(scenario, self)?
+        } else {
+            0.0
+        };
         Ok(self.outcome(scenario, &series, limit_ns))
     }
 

@@ -85,6 +85,7 @@ impl Rig {
             queues: n,
             ring: scenario.frames.next_power_of_two(),
             mtu: 1500,
+            shares: None,
         };
         let (feed, inlet) = pair("feed", "in", &pair_config);
         let (outlet, collect) = pair("out", "collect", &pair_config);
@@ -392,6 +393,7 @@ fn port(name: &str, side: Side, queues: Vec<Box<dyn PortQueue>>) -> OpenPort {
             vlan: None,
             mac: MacAddr(WORKER_MAC),
             mtu: 1500,
+            shares: None,
         },
         queues,
     }
