@@ -85,7 +85,6 @@ impl Rig {
             queues: n,
             ring: scenario.frames.next_power_of_two(),
             mtu: 1500,
-            shares: None,
         };
         let (feed, inlet) = pair("feed", "in", &pair_config);
         let (outlet, collect) = pair("out", "collect", &pair_config);
