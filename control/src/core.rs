@@ -20,6 +20,9 @@ use crate::plane::DataPlane;
 /// How often sticky events of idle SAs, and time limits, are looked at.
 const SLOW: Duration = Duration::from_secs(1);
 
+/// How long an offline run waits for the disk.
+const SETTLE: Duration = Duration::from_secs(10);
+
 /// What control is made of.
 pub struct Parts {
     /// SA store; routes are in its current snapshot already.
@@ -133,6 +136,7 @@ impl Control {
         );
         match done {
             Ok(applied) => {
+                self.plane.published(&config);
                 self.config = config;
                 self.accepted(&applied, began)
             }
@@ -226,6 +230,19 @@ impl Control {
             }
             // One more look soon: what was asked for may be durable then.
             self.last_work = u64::MAX;
+        }
+    }
+
+    /// Waits until every lease that was asked for is on disk, so that an offline run does not depend on how fast
+    /// the disk is.
+    pub fn settle_leases(&mut self) {
+        let deadline = Instant::now() + SETTLE;
+        while self.keeper.is_waiting() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        let now = self.started.elapsed();
+        if let Err(e) = self.keeper.round(now, &self.leases) {
+            self.lease_trouble(&e);
         }
     }
 

@@ -293,6 +293,14 @@ impl Keeper {
         writer.release_many(ended)
     }
 
+    /// Whether some lease that was asked for is not on disk yet.
+    pub fn is_waiting(&self) -> bool {
+        self.hot
+            .iter()
+            .filter_map(|id| self.active.get(id))
+            .any(|t| !t.is_durable() && !t.lease.has_failed())
+    }
+
     /// How many leases are kept.
     pub fn len(&self) -> usize {
         self.active.len()

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use sa_store::file::Config;
 use sa_store::ledger::WorkerCounters;
 use sa_store::sa::Direction;
 use sa_store::spd::PolicyIdx;
@@ -119,6 +120,10 @@ pub trait DataPlane: Send + Sync {
 
     /// Frames that are free in packet memory, and how many there are.
     fn frames(&self) -> (u64, u64);
+
+    /// A configuration is running: whatever follows the policies, such as the destinations that are taken from
+    /// interfaces, is to be brought in line.
+    fn published(&self, config: &Config);
 
     /// Starts a capture on a port.
     ///

@@ -3,8 +3,10 @@
 #![forbid(unsafe_code)]
 
 pub mod app;
+pub mod cli;
 pub mod config;
 pub mod crypto;
+pub mod demo;
 pub mod engine;
 pub mod esp;
 pub mod wire;

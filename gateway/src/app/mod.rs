@@ -1,7 +1,14 @@
-//! Assembly of a gateway: from a configuration to running workers.
+//! Assembly of a gateway: from a configuration to running workers and control.
 
 mod assembly;
 mod open;
+mod plane;
+mod privileges;
+mod service;
 
 pub use assembly::{Assembled, AssemblyConfig, AssemblyError, OpenPort, assemble};
+pub(crate) use open::routes;
 pub use open::{OpenError, Opened, PortView, open};
+pub use plane::{Plane, PlaneParts};
+pub use privileges::PrivilegeError;
+pub use service::{Offline, Service, ServiceError, crypto};

@@ -330,7 +330,7 @@ fn open_port(
     }
 }
 
-fn routes(config: &GatewayConfig, store: &mut Store) -> Result<Fib, FibError> {
+pub(crate) fn routes(config: &GatewayConfig, store: &mut Store) -> Result<Fib, FibError> {
     let number = |port: usize| u16::try_from(port).unwrap_or(u16::MAX);
     let mut list = Vec::new();
     for (port, p) in config.ports.iter().enumerate() {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::decode::Decoded;
 use super::file::{AfXdpTable, PortTable, RouteTable};
-use super::port::{Fault, PortConfig, PortKind, PortKindName, Repeat, Side, Steer};
+use super::port::{Fault, PortConfig, PortKind, PortKindName, Repeat, Steer};
 use super::problem::Problems;
 use super::{GatewayConfig, NeighbourConfig, NextHop, RouteConfig};
 
@@ -316,11 +316,16 @@ impl Checker<'_, '_> {
                         )
                     },
                 );
+                self.require(
+                    (1..=8).contains(&x.steer_udp_ports.len()),
+                    &["port", at, "af_xdp", "steer_udp_ports"],
+                    || "\"steer_udp_ports\" has 1 to 8 ports".into(),
+                );
                 Some(PortKind::AfXdp {
                     interface,
                     mode: x.mode,
                     ring: x.ring,
-                    steer: steer(x, t.side),
+                    steer: steer(x),
                 })
             }
             PortKindName::Tap => Some(PortKind::Tap { interface }),
@@ -537,13 +542,9 @@ fn connected(via: IpAddr, vrf: u16, ports: &[PortConfig]) -> Option<usize> {
         .position(|p| p.vrf == vrf && p.addresses.iter().any(|a| a.contains(via)))
 }
 
-fn steer(x: AfXdpTable, side: Side) -> Steer {
-    let outside = side == Side::Outside;
+fn steer(x: AfXdpTable) -> Steer {
     Steer {
-        esp: x.steer_esp.unwrap_or(outside),
-        udp_ports: x
-            .steer_udp_ports
-            .unwrap_or_else(|| if outside { vec![4500] } else { Vec::new() }),
+        udp_ports: x.steer_udp_ports,
         destinations: x.steer_destinations,
         all: x.steer_all,
     }

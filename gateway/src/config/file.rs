@@ -173,10 +173,8 @@ pub struct AfXdpTable {
     pub mode: AfXdpMode,
     /// Entries of each ring, a power of two.
     pub ring: u32,
-    /// Whether ESP (IP protocol 50) is taken from the interface. Yes on outside ports when not given.
-    pub steer_esp: Option<bool>,
-    /// UDP ports whose ESP packets are taken. 4500 on outside ports when not given.
-    pub steer_udp_ports: Option<Vec<u16>>,
+    /// UDP ports whose ESP packets are taken beside plain ESP, 1 to 8 of them.
+    pub steer_udp_ports: Vec<u16>,
     /// Destinations whose packets are taken. When not given: what the outbound policies protect (inside), nothing (outside).
     pub steer_destinations: Option<Vec<Prefix>>,
     /// Whether every IP packet is taken.
@@ -188,8 +186,7 @@ impl Default for AfXdpTable {
         Self {
             mode: AfXdpMode::Auto,
             ring: 2048,
-            steer_esp: None,
-            steer_udp_ports: None,
+            steer_udp_ports: vec![4500],
             steer_destinations: None,
             steer_all: false,
         }

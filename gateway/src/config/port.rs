@@ -46,11 +46,9 @@ pub enum AfXdpMode {
     Generic,
 }
 
-/// What the XDP program takes from the interface; the rest goes on to the kernel.
+/// What the XDP program takes from the interface beside ESP; the rest goes on to the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Steer {
-    /// ESP packets (IP protocol 50).
-    pub esp: bool,
     /// UDP packets to these ports that carry ESP.
     pub udp_ports: Vec<u16>,
     /// Packets to these destinations. `None`: what the outbound policies protect (inside), nothing (outside).

@@ -1,0 +1,267 @@
+//! A whole gateway: ports, workers, leases, control; started, watched, stopped in order.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use control::api::ApiConfig;
+use control::core::{Control, Parts};
+use control::plane::WorkerView;
+use control::run::{Ended, Options, Running, StartError};
+use sa_store::lease::{LeaseError, LeaseStore, LeaseWriter};
+use sa_store::ledger::{Balance, WorkerCounters};
+
+use super::open::{OpenError, Opened, open};
+use super::plane::{Plane, PlaneParts};
+use super::privileges::{self, PrivilegeError};
+use crate::config::GatewayConfig;
+use crate::crypto::UnknownProvider;
+use crate::crypto::select::{Choice, Compare, SelectError, Selection};
+use crate::worker::{Crew, Worker};
+
+/// Rounds of all workers between two looks at leases in an offline run: fewer packets than a first lease block.
+const OFFLINE_ROUNDS: u32 = 4;
+/// Rounds in which nothing moves after which an offline run is over.
+const QUIET: u32 = 256;
+
+/// Why a gateway did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    /// Ports, memory, routes, workers.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The lease store.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+    /// Crypto.
+    #[error(transparent)]
+    Crypto(#[from] SelectError),
+    /// Crypto.
+    #[error("crypto.provider: {0}")]
+    Provider(#[from] UnknownProvider),
+    /// Users and groups.
+    #[error(transparent)]
+    Privileges(#[from] PrivilegeError),
+    /// Control, in particular what is wrong with the SA files.
+    #[error(transparent)]
+    Control(#[from] StartError),
+    /// No threads.
+    #[error("cannot start workers: {0}")]
+    Threads(std::io::Error),
+}
+
+/// The crypto providers that the configuration asks for. Under a seed the choice is the same every time.
+///
+/// # Errors
+/// The provider that was asked for is not there.
+pub fn crypto(config: &GatewayConfig) -> Result<Selection, ServiceError> {
+    let choice = match &config.crypto.provider {
+        Some(name) => Choice::Provider(name.parse()?),
+        None => Choice::Auto,
+    };
+    let compare = if config.test_seed.is_some() {
+        Compare::Features
+    } else {
+        Compare::Measure
+    };
+    Ok(Selection::new(choice, compare)?)
+}
+
+/// A gateway at work.
+pub struct Service {
+    crew: Crew,
+    running: Running,
+    alive: Arc<AtomicBool>,
+    counters: Vec<Arc<WorkerCounters>>,
+}
+
+impl Service {
+    /// Opens and starts everything.
+    ///
+    /// # Errors
+    /// See [`ServiceError`]. Nothing runs then.
+    pub fn start(config: &GatewayConfig) -> Result<Self, ServiceError> {
+        let options = options(config)?;
+        let alive = Arc::new(AtomicBool::new(true));
+        let built = build(config, Arc::clone(&alive))?;
+        privileges::drop_to(&config.privileges)?;
+        let running = control::run::start(built.parts, options)?;
+        let crew = Crew::start(built.workers).map_err(ServiceError::Threads)?;
+        Ok(Self {
+            crew,
+            running,
+            alive,
+            counters: built.counters,
+        })
+    }
+
+    /// Control.
+    pub fn control(&self) -> &Running {
+        &self.running
+    }
+
+    /// Waits for a signal, a request to stop, or a worker's death.
+    pub fn wait(&self) -> Ended {
+        loop {
+            self.alive.store(self.crew.alive(), Ordering::Relaxed);
+            if let Some(why) = self.running.wait(Duration::from_millis(200)) {
+                return why;
+            }
+        }
+    }
+
+    /// Drains the workers, then ends control and the leases at their exact numbers. The account of all frames.
+    ///
+    /// # Errors
+    /// The lease store did not take the exact numbers: some are skipped at the next start.
+    pub fn stop(self) -> Result<Balance, LeaseError> {
+        let whole = self.crew.alive();
+        self.crew.stop();
+        let balance = Balance::of(self.counters.iter().map(|c| &**c));
+        if let Some(control) = self.running.stop() {
+            control.finish(whole)?;
+        }
+        Ok(balance)
+    }
+}
+
+/// A gateway over captures, run on the calling thread until its input ends. The same input gives the same output.
+pub struct Offline {
+    workers: Vec<Worker>,
+    control: Control,
+    counters: Vec<Arc<WorkerCounters>>,
+}
+
+impl Offline {
+    /// Opens everything; no thread moves packets, no port is listened on.
+    ///
+    /// # Errors
+    /// See [`ServiceError`].
+    pub fn open(config: &GatewayConfig) -> Result<Self, ServiceError> {
+        let built = build(config, Arc::new(AtomicBool::new(true)))?;
+        let mut control = Control::new(built.parts);
+        let first = control.reload();
+        if !first.ok {
+            return Err(StartError::Refused(first.problems.clone()).into());
+        }
+        Ok(Self {
+            workers: built.workers,
+            control,
+            counters: built.counters,
+        })
+    }
+
+    /// Runs until every port is finished and nothing is inside.
+    pub fn run(&mut self) {
+        let mut quiet = 0;
+        let mut rounds = 0_u32;
+        while quiet < QUIET {
+            let mut moved = 0;
+            for w in &mut self.workers {
+                moved += w.round();
+            }
+            rounds = rounds.wrapping_add(1);
+            if rounds.is_multiple_of(OFFLINE_ROUNDS) {
+                self.control.tick();
+                self.control.settle_leases();
+            }
+            let idle = moved == 0 && self.workers.iter().all(Worker::finished);
+            quiet = if idle { quiet + 1 } else { 0 };
+        }
+    }
+
+    /// Control's state.
+    pub fn control(&mut self) -> &mut Control {
+        &mut self.control
+    }
+
+    /// Ends it. The account of all frames.
+    ///
+    /// # Errors
+    /// The lease store did not take the exact numbers.
+    pub fn finish(self) -> Result<Balance, LeaseError> {
+        for w in self.workers {
+            w.shut_down();
+        }
+        let balance = Balance::of(self.counters.iter().map(|c| &**c));
+        self.control.finish(true)?;
+        Ok(balance)
+    }
+}
+
+struct Built {
+    workers: Vec<Worker>,
+    parts: Parts,
+    counters: Vec<Arc<WorkerCounters>>,
+}
+
+fn build(config: &GatewayConfig, alive: Arc<AtomicBool>) -> Result<Built, ServiceError> {
+    let crypto = Arc::new(crypto(config)?);
+    crypto.log();
+    let Opened {
+        assembled,
+        arena,
+        ports,
+        capture,
+    } = open(config)?;
+    let leases = if config.test_seed.is_some() {
+        LeaseStore::throw_away()?
+    } else {
+        LeaseStore::open(&config.leases.path)?
+    };
+    let on_failure =
+        Box::new(|e: &LeaseError| tracing::error!(error = %e, "the lease store failed"));
+    let leases = LeaseWriter::start(leases, on_failure)?;
+    let cpus = config.workers.cpus.clone().unwrap_or_default();
+    let views = assembled
+        .counters
+        .iter()
+        .enumerate()
+        .map(|(i, c)| WorkerView {
+            counters: Arc::clone(c),
+            cpu: cpus.get(i).map(|c| usize::from(*c)),
+        });
+    let plane = Plane::new(PlaneParts {
+        workers: views.collect(),
+        hits: assembled.hits,
+        ports,
+        stats: assembled.port_stats,
+        capture,
+        arena,
+        clock: assembled.clock,
+        crypto: Arc::clone(&crypto),
+        alive: Box::new(move || alive.load(Ordering::Relaxed)),
+    });
+    let parts = Parts {
+        store: assembled.store,
+        leases,
+        ciphers: crypto,
+        plane: Arc::new(plane),
+        sa_files: config.sa_files.clone(),
+        metrics_max_sas: usize::try_from(config.metrics_max_sas).unwrap_or(usize::MAX),
+    };
+    Ok(Built {
+        workers: assembled.workers,
+        parts,
+        counters: assembled.counters,
+    })
+}
+
+fn options(config: &GatewayConfig) -> Result<Options, ServiceError> {
+    let api = match &config.api {
+        None => None,
+        Some(api) => {
+            let group = api.group.as_deref().map(privileges::group_id).transpose()?;
+            Some(ApiConfig {
+                path: api.socket.clone(),
+                group: group.map(nix::unistd::Gid::as_raw),
+            })
+        }
+    };
+    Ok(Options {
+        metrics: config.metrics,
+        api,
+        watch: true,
+        service: true,
+    })
+}

@@ -1,0 +1,97 @@
+//! `run`: the gateway itself.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use control::run::{Ended, StartError};
+use sa_store::ledger::Balance;
+
+use super::Failure;
+use crate::app::{Offline, Service, ServiceError};
+use crate::config::{self, GatewayConfig, LogFormat};
+
+/// `run`
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    /// Configuration.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// End when all capture files are read and nothing is inside: for offline use with pcap ports.
+    #[arg(long)]
+    exit_when_idle: bool,
+    /// Repeat a run exactly, IVs included: a throw-away lease store is used. Refused with af_xdp and tap ports.
+    #[arg(long, value_name = "N")]
+    test_seed: Option<u64>,
+}
+
+pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
+    let mut config = config::load(&args.config).map_err(Failure::refused)?;
+    config.test_seed = args.test_seed.or(config.test_seed);
+    let live = config.ports.iter().find(|p| p.kind.is_live());
+    if let (Some(_), Some(port)) = (config.test_seed, live) {
+        return Err(Failure::refused(format!(
+            "--test-seed makes nonces repeat, so it is refused with live ports such as \"{}\"",
+            port.name
+        )));
+    }
+    super::log_to_stderr(&config.log.level, config.log.format == LogFormat::Json);
+    if args.exit_when_idle {
+        offline(&config)
+    } else {
+        service(&config)
+    }
+}
+
+fn service(config: &GatewayConfig) -> Result<(), Failure> {
+    let service = Service::start(config).map_err(start_failed)?;
+    if let Some(addr) = service.control().metrics_addr() {
+        tracing::info!("metrics on http://{addr}/metrics");
+    }
+    let why = service.wait();
+    tracing::info!(?why, "stopping");
+    let balance = service.stop().map_err(Failure::failed)?;
+    balanced(&balance)?;
+    match why {
+        Ended::Unhealthy => Err(Failure::failed("a worker has died; see the log")),
+        Ended::Asked | Ended::Signal => Ok(()),
+    }
+}
+
+fn offline(config: &GatewayConfig) -> Result<(), Failure> {
+    if let Some(port) = config.ports.iter().find(|p| p.kind.is_live()) {
+        return Err(Failure::refused(format!(
+            "--exit-when-idle is for captures; port \"{}\" never ends",
+            port.name
+        )));
+    }
+    let mut offline = Offline::open(config).map_err(start_failed)?;
+    offline.run();
+    let balance = offline.finish().map_err(Failure::failed)?;
+    balanced(&balance)
+}
+
+fn start_failed(e: ServiceError) -> Failure {
+    match e {
+        ServiceError::Control(StartError::Refused(problems)) => {
+            Failure::refused(problems.join("\n"))
+        }
+        other => Failure::failed(other),
+    }
+}
+
+/// Every frame that came in must have gone out or been dropped for a reason.
+fn balanced(b: &Balance) -> Result<(), Failure> {
+    if b.holds() {
+        tracing::info!(
+            entered = b.entered,
+            ended = b.ended,
+            inside = b.inside,
+            "every frame is accounted for"
+        );
+        return Ok(());
+    }
+    Err(Failure::disproved(format!(
+        "{} frames entered, {} ended, {} are inside: the account does not balance",
+        b.entered, b.ended, b.inside
+    )))
+}

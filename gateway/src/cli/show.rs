@@ -1,0 +1,385 @@
+//! What the running gateway tells, as tables or JSON.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use control::api::{Command, PolicyInfo, SaInfo, Stats};
+use control::core::Reload;
+use control::events::Event;
+use control::plane::{CaptureReport, CaptureRequest, PortReport};
+use serde_json::Value;
+
+use super::client::{ask, ask_value};
+use super::table::{number, print};
+use super::{ClientArgs, Failure};
+
+/// `stats`
+#[derive(Debug, Args)]
+pub(super) struct StatsArgs {
+    /// Show rates, again every this many seconds.
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1")]
+    watch: Option<u64>,
+    #[command(flatten)]
+    client: ClientArgs,
+}
+
+/// `events`
+#[derive(Debug, Args)]
+pub(super) struct EventsArgs {
+    /// Only those after this number.
+    #[arg(long, default_value_t = 0)]
+    after: u64,
+    #[command(flatten)]
+    client: ClientArgs,
+}
+
+pub(super) fn sa_list(client: &ClientArgs, tunnel: Option<String>) -> Result<(), Failure> {
+    let command = Command::SaList { tunnel };
+    if client.json {
+        return pretty(client, &command);
+    }
+    let list: Vec<SaInfo> = ask(client, &command)?;
+    let rows: Vec<_> = list
+        .iter()
+        .map(|s| {
+            vec![
+                s.tunnel.clone(),
+                s.name.clone(),
+                s.direction.clone(),
+                s.spi.clone(),
+                s.suite.clone(),
+                s.mode.clone(),
+                format!("{} > {}", s.src, s.dst),
+                s.worker.to_string(),
+                s.state.clone(),
+                number(s.packets),
+                number(s.bytes),
+            ]
+        })
+        .collect();
+    let headings = [
+        "tunnel",
+        "SA",
+        "dir",
+        "SPI",
+        "suite",
+        "mode",
+        "outer addresses",
+        ">worker",
+        "state",
+        ">packets",
+        ">bytes",
+    ];
+    print(&headings, &rows);
+    Ok(())
+}
+
+pub(super) fn sa_show(client: &ClientArgs, name: String) -> Result<(), Failure> {
+    pretty(client, &Command::SaShow { name })
+}
+
+pub(super) fn policy_list(client: &ClientArgs) -> Result<(), Failure> {
+    if client.json {
+        return pretty(client, &Command::PolicyList);
+    }
+    let list: Vec<PolicyInfo> = ask(client, &Command::PolicyList)?;
+    let rows: Vec<_> = list
+        .iter()
+        .map(|p| {
+            let action = match &p.tunnel {
+                Some(t) => format!("{} {t}", p.action),
+                None => p.action.clone(),
+            };
+            vec![
+                p.direction.clone(),
+                p.priority.to_string(),
+                p.name.clone(),
+                action,
+                p.selectors.join(", "),
+                number(p.hits),
+            ]
+        })
+        .collect();
+    print(
+        &["dir", ">priority", "policy", "action", "traffic", ">hits"],
+        &rows,
+    );
+    Ok(())
+}
+
+pub(super) fn stats(args: &StatsArgs) -> Result<(), Failure> {
+    let client = &args.client;
+    let Some(seconds) = args.watch else {
+        if client.json {
+            return pretty(client, &Command::Stats);
+        }
+        let now: Stats = ask(client, &Command::Stats)?;
+        totals(&now);
+        return Ok(());
+    };
+    let mut before: Stats = ask(client, &Command::Stats)?;
+    loop {
+        std::thread::sleep(Duration::from_secs(seconds.max(1)));
+        let now: Stats = ask(client, &Command::Stats)?;
+        if client.json {
+            println!("{}", serde_json::to_value(&now).unwrap_or_default());
+        } else {
+            rates(&before, &now);
+        }
+        before = now;
+    }
+}
+
+fn totals(s: &Stats) {
+    println!("snapshot {}, {} SAs\n", s.epoch, s.sas);
+    let workers: Vec<_> = s
+        .workers
+        .iter()
+        .map(|w| {
+            let cpu = w.cpu.map_or_else(|| "-".into(), |c| c.to_string());
+            let counts = [
+                w.received,
+                w.sent,
+                w.encrypted,
+                w.decrypted,
+                w.bypassed,
+                w.handed_out,
+                w.dropped,
+            ];
+            [w.worker.to_string(), cpu]
+                .into_iter()
+                .chain(counts.map(number))
+                .collect()
+        })
+        .collect();
+    print(
+        &[
+            ">worker",
+            ">CPU",
+            ">received",
+            ">sent",
+            ">encrypted",
+            ">decrypted",
+            ">bypassed",
+            ">handed over",
+            ">dropped",
+        ],
+        &workers,
+    );
+    println!();
+    ports_table(&s.ports);
+    println!();
+    let tunnels: Vec<_> = s
+        .tunnels
+        .iter()
+        .map(|t| {
+            let counts = [
+                t.out_packets,
+                t.out_bytes,
+                t.in_packets,
+                t.in_bytes,
+                t.errors,
+                t.lost,
+                t.rekeys,
+            ];
+            [t.name.clone()]
+                .into_iter()
+                .chain(counts.map(number))
+                .collect()
+        })
+        .collect();
+    print(
+        &[
+            "tunnel",
+            ">out packets",
+            ">out bytes",
+            ">in packets",
+            ">in bytes",
+            ">errors",
+            ">lost",
+            ">rekeys",
+        ],
+        &tunnels,
+    );
+    if !s.drops.is_empty() {
+        println!();
+        let drops: Vec<_> = s
+            .drops
+            .iter()
+            .map(|d| vec![d.reason.clone(), number(d.frames)])
+            .collect();
+        print(&["drop reason", ">frames"], &drops);
+    }
+}
+
+#[allow(clippy::cast_precision_loss, reason = "rates for people")]
+fn rates(before: &Stats, now: &Stats) {
+    let seconds = now.clock.saturating_sub(before.clock) as f64 / 1e9;
+    let per_second = |a: u64, b: u64| b.saturating_sub(a) as f64 / seconds.max(1e-9);
+    let sum =
+        |s: &Stats, f: fn(&control::api::WorkerInfo) -> u64| s.workers.iter().map(f).sum::<u64>();
+    let bytes = |s: &Stats| {
+        s.tunnels
+            .iter()
+            .map(|t| (t.out_bytes, t.in_bytes))
+            .fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1))
+    };
+    let mega =
+        |f: fn(&control::api::WorkerInfo) -> u64| per_second(sum(before, f), sum(now, f)) / 1e6;
+    let (out_before, in_before) = bytes(before);
+    let (out_now, in_now) = bytes(now);
+    println!(
+        "encrypted {:8.3} Mpps {:8.3} Gbit/s   decrypted {:8.3} Mpps {:8.3} Gbit/s   bypassed {:8.3} Mpps   dropped {:8.3} Mpps",
+        mega(|w| w.encrypted),
+        per_second(out_before, out_now) * 8.0 / 1e9,
+        mega(|w| w.decrypted),
+        per_second(in_before, in_now) * 8.0 / 1e9,
+        mega(|w| w.bypassed),
+        mega(|w| w.dropped),
+    );
+}
+
+pub(super) fn reload(client: &ClientArgs) -> Result<(), Failure> {
+    let value = ask_value(client, &Command::Reload)?;
+    if client.json {
+        println!("{value:#}");
+    }
+    let outcome: Reload = serde_json::from_value(value).map_err(Failure::failed)?;
+    if !outcome.ok {
+        return Err(Failure::refused(format!(
+            "{}\nrefused; what ran before runs on",
+            outcome.problems.join("\n")
+        )));
+    }
+    if !client.json {
+        println!(
+            "{} SAs added or changed, {} removed or changed, {} left alone, {} policies; snapshot {}, {} ms",
+            outcome.added,
+            outcome.removed,
+            outcome.kept,
+            outcome.policies,
+            outcome.epoch,
+            outcome.millis
+        );
+    }
+    Ok(())
+}
+
+pub(super) fn events(args: &EventsArgs) -> Result<(), Failure> {
+    let command = Command::Events { after: args.after };
+    if args.client.json {
+        return pretty(&args.client, &command);
+    }
+    let list: Vec<Event> = ask(&args.client, &command)?;
+    let rows: Vec<_> = list
+        .into_iter()
+        .map(|e| {
+            vec![
+                e.number.to_string(),
+                e.time.to_string(),
+                e.kind,
+                e.tunnel.unwrap_or_default(),
+                e.sa.unwrap_or_default(),
+                e.text.unwrap_or_default(),
+            ]
+        })
+        .collect();
+    print(
+        &[">number", ">unix time", "event", "tunnel", "SA", ""],
+        &rows,
+    );
+    Ok(())
+}
+
+pub(super) fn ports(client: &ClientArgs) -> Result<(), Failure> {
+    if client.json {
+        return pretty(client, &Command::Ports);
+    }
+    ports_table(&ask::<Vec<PortReport>>(client, &Command::Ports)?);
+    Ok(())
+}
+
+fn ports_table(list: &[PortReport]) {
+    let rows: Vec<_> = list
+        .iter()
+        .map(|p| {
+            let sum =
+                |f: fn(&control::plane::QueueCounters) -> u64| number(p.queues.iter().map(f).sum());
+            vec![
+                p.name.clone(),
+                p.kind.clone(),
+                p.side.clone(),
+                p.mode.clone(),
+                p.queues.len().to_string(),
+                p.mtu.to_string(),
+                sum(|q| q.rx_packets),
+                sum(|q| q.tx_packets),
+                sum(|q| q.rx_dropped + q.rx_errors),
+                sum(|q| q.tx_errors),
+            ]
+        })
+        .collect();
+    let headings = [
+        "port",
+        "kind",
+        "side",
+        "mode",
+        ">queues",
+        ">MTU",
+        ">received",
+        ">sent",
+        ">receive errors",
+        ">send errors",
+    ];
+    print(&headings, &rows);
+}
+
+pub(super) fn capture_start(
+    client: &ClientArgs,
+    port: String,
+    file: PathBuf,
+    packets: Option<u64>,
+    snap: Option<u32>,
+) -> Result<(), Failure> {
+    // The gateway's working directory is not ours.
+    let file = std::path::absolute(file).map_err(Failure::failed)?;
+    let command = Command::CaptureStart(CaptureRequest {
+        port,
+        file,
+        packets,
+        snap,
+    });
+    ask_value(client, &command).map(drop)
+}
+
+pub(super) fn capture_stop(client: &ClientArgs, port: String) -> Result<(), Failure> {
+    let command = Command::CaptureStop { port };
+    if client.json {
+        return pretty(client, &command);
+    }
+    let r: CaptureReport = ask(client, &command)?;
+    println!(
+        "{}: {} packets, {} lost",
+        r.file.display(),
+        number(r.packets),
+        number(r.lost)
+    );
+    Ok(())
+}
+
+/// Prints an answer as it is: JSON, or one line for each field.
+pub(super) fn pretty(client: &ClientArgs, command: &Command) -> Result<(), Failure> {
+    let value = ask_value(client, command)?;
+    match (&value, client.json) {
+        (Value::Object(fields), false) => {
+            let width = fields.keys().map(String::len).max().unwrap_or(0);
+            for (key, v) in fields {
+                let text = v.as_str().map_or_else(|| v.to_string(), ToOwned::to_owned);
+                println!("{key:width$}  {text}");
+            }
+        }
+        _ => println!("{value:#}"),
+    }
+    Ok(())
+}
