@@ -77,8 +77,6 @@ drop_reasons! {
     LeaseExhausted => "lease_exhausted",
     /// SA disabled or being removed.
     SaDisabled => "sa_disabled",
-    /// SA's offload engine is quarantined or refused the packet.
-    EngineUnavailable => "engine_unavailable",
     /// Engine lost the packet or answered with an error.
     EngineError => "engine_error",
     /// Engine or crypto queue full.
@@ -117,10 +115,6 @@ drop_reasons! {
     HandoverFull => "handover_full",
     /// No free frame for a copy, fragment or ICMP message.
     PoolExhausted => "pool_exhausted",
-    /// Exception path full or rate limited.
-    PuntFull => "punt_full",
-    /// Waiting queue (neighbour, just-negotiated SPI) full or timed out.
-    HoldFull => "hold_full",
     /// The gateway was stopping.
     Shutdown => "shutdown",
 }
@@ -135,25 +129,17 @@ pub enum Consumed {
     Dummy,
     /// Fragment that was merged into a reassembled packet.
     Reassembled,
-    /// Packet that was split: its fragments are counted as generated.
-    Fragmented,
 }
 
 impl Consumed {
     /// All, in the order of their numbers.
-    pub const ALL: &'static [Consumed] = &[
-        Self::NatKeepalive,
-        Self::Dummy,
-        Self::Reassembled,
-        Self::Fragmented,
-    ];
+    pub const ALL: &'static [Consumed] = &[Self::NatKeepalive, Self::Dummy, Self::Reassembled];
     /// Metric label.
     pub const fn name(self) -> &'static str {
         match self {
             Self::NatKeepalive => "nat_keepalive",
             Self::Dummy => "dummy",
             Self::Reassembled => "reassembled",
-            Self::Fragmented => "fragmented",
         }
     }
 }

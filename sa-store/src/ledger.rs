@@ -16,34 +16,22 @@ use crate::drops::{Consumed, DropReason};
 pub enum Generated {
     /// ICMP error or reply.
     Icmp,
-    /// Fragment of a packet that was counted as consumed.
+    /// Fragment after the first, which stays in the frame that was split.
     Fragment,
-    /// Reassembled packet whose fragments were counted as consumed.
-    Reassembled,
     /// Dummy packet (RFC 4303 section 2.6).
     Dummy,
-    /// Injected from the kernel.
-    Injected,
 }
 
 impl Generated {
     /// All, in the order of their numbers.
-    pub const ALL: &'static [Generated] = &[
-        Self::Icmp,
-        Self::Fragment,
-        Self::Reassembled,
-        Self::Dummy,
-        Self::Injected,
-    ];
+    pub const ALL: &'static [Generated] = &[Self::Icmp, Self::Fragment, Self::Dummy];
 
     /// Metric label.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Icmp => "icmp",
             Self::Fragment => "fragment",
-            Self::Reassembled => "reassembled",
             Self::Dummy => "dummy",
-            Self::Injected => "injected",
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use pmd::engine::EspEngine;
 use pmd::{Arena, Pool, PortQueue, PortQueueStats};
 use quanta::Clock;
 use sa_store::ledger::WorkerCounters;
@@ -38,6 +39,8 @@ pub struct AssemblyConfig {
     pub flow_entries: usize,
     /// Hit counters per direction and worker.
     pub policy_slots: usize,
+    /// Makes the engine of each worker.
+    pub engine: fn() -> Box<dyn EspEngine>,
     /// Seed of the CBC IVs of deterministic offline runs; `None`: the system's randomness.
     pub iv_seed: Option<u64>,
 }
@@ -55,6 +58,7 @@ impl Default for AssemblyConfig {
             idle: IdlePolicy::default(),
             flow_entries: 1 << 16,
             policy_slots: 4096,
+            engine: || Box::new(SoftwareEngine::default()),
             iv_seed: None,
         }
     }
@@ -172,7 +176,7 @@ pub fn assemble(
                 .iter()
                 .map(|holders| holders[id % holders.len()])
                 .collect(),
-            engine: Box::new(SoftwareEngine::default()),
+            engine: (config.engine)(),
             handover,
             counters: Arc::clone(&counters[id]),
             policy_hits: Arc::clone(&hits[id]),
