@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use gateway::esp::decap::{self, DecapPre};
+use gateway::esp::decap::{self, DecapPre, Decapped};
 use gateway::esp::encap::{EncapArgs, EncapState, Hop, encap};
 use gateway::esp::fuzz::spec;
 use gateway::esp::iv::CbcIvGen;
@@ -98,10 +98,15 @@ fn parse_stage(c: &mut Criterion) {
     for (name, family) in [("ipv4", Family::V4), ("ipv6", Family::V6)] {
         let (mut pool, mut v) = frames(&ethernet(family, &packet(family, 64)));
         g.bench_function(name, |b| {
+            let mut out: Vec<Parsed> = Vec::with_capacity(BURST);
             b.iter(|| {
+                out.clear();
                 for f in &v {
-                    let _ = black_box(parse(f.data(), NattPorts::default()));
+                    if let Ok(p) = parse(f.data(), NattPorts::default()) {
+                        out.push(p);
+                    }
                 }
+                black_box(&mut out);
             });
         });
         pool.put_bulk(&mut v);
@@ -164,6 +169,7 @@ fn decap_stage(c: &mut Criterion) {
         encap(&mut v[0], &p, &out, args, &mut state).expect("room");
         let opened = v[0].data().to_vec();
         let outer: Parsed = parse_ip(&opened, NattPorts::default()).expect("valid");
+        let mut got: Vec<Parsed> = Vec::with_capacity(BURST);
         g.bench_function(name, |b| {
             b.iter_custom(|iters| {
                 staged(
@@ -175,8 +181,13 @@ fn decap_stage(c: &mut Criterion) {
                     |f| {
                         let outer = black_box(&outer);
                         let pre: DecapPre = decap::pre(outer, &inb).expect("valid");
+                        if got.len() == BURST {
+                            black_box(&mut got).clear();
+                        }
                         let r = decap::post(f, outer, pre, &inb, NattPorts::default());
-                        let _ = black_box(r);
+                        if let Ok(Decapped::Packet(p)) = r {
+                            got.push(p);
+                        }
                     },
                 )
             });

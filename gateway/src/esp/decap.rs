@@ -36,8 +36,8 @@ pub enum Decapped {
 /// `EncapMismatch`, `EspTooShort`.
 #[inline]
 pub fn pre(p: &Parsed, plan: &InPlan) -> Result<DecapPre, DropReason> {
-    let seq = match (p.kind, plan.udp) {
-        (Kind::Esp { seq, .. }, false) | (Kind::UdpEsp { seq, .. }, true) => seq,
+    let seq = match (p.kind, plan.udp, p.esp()) {
+        (Kind::Esp, false, Some((_, seq))) | (Kind::UdpEsp, true, Some((_, seq))) => seq,
         _ => return Err(DropReason::EncapMismatch),
     };
     let esp_off = p.esp_off();

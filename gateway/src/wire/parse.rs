@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use sa_store::drops::DropReason;
 
 use super::checksum::{self, sum20};
+use super::esp::UdpPayload;
 use super::ethernet::{HEADER_LEN as ETH_LEN, TYPE_IPV4, TYPE_IPV6, TYPE_VLAN, VLAN_LEN};
 use super::ipv6::Walk;
 use super::{be16, be32, ipv4, ipv6, len16, proto};
@@ -36,32 +37,20 @@ pub enum Frag {
 /// `UdpEsp`, `NatKeepalive` and `Ike` as such only when the destination is the gateway's own, else as `Ip`.
 /// Fragments are always `Ip`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
 pub enum Kind {
     /// Any other IP packet.
     Ip,
-    /// ESP directly over IP. The SPI may be a reserved value.
-    Esp {
-        /// SPI.
-        spi: u32,
-        /// Low half of the sequence number.
-        seq: u32,
-    },
-    /// ESP in UDP, RFC 3948.
-    UdpEsp {
-        /// SPI.
-        spi: u32,
-        /// Low half of the sequence number.
-        seq: u32,
-    },
+    /// ESP directly over IP; see [`Parsed::esp`].
+    Esp,
+    /// ESP in UDP, RFC 3948; see [`Parsed::esp`].
+    UdpEsp,
     /// RFC 3948 keep-alive.
     NatKeepalive,
     /// IKE: port 500, or the non-ESP marker on a NAT-T port.
     Ike,
-    /// Not IP (ARP and others): nothing but the L2 fields of [`Parsed`] is meaningful.
-    NotIp {
-        /// Ethertype behind the VLAN tag.
-        ethertype: u16,
-    },
+    /// Not IP (ARP and others): nothing but the L2 fields and [`Parsed::ethertype`] is meaningful.
+    NotIp,
 }
 
 /// UDP ports on which the gateway expects NAT-T.
@@ -93,8 +82,8 @@ pub struct Parsed {
     pub src: u128,
     /// Destination address, likewise.
     pub dst: u128,
-    /// What it is.
-    pub kind: Kind,
+    spi: u32,
+    seq: u32,
     /// Source port, or ICMP type; 0 when not visible.
     pub sport: u16,
     /// Destination port, or ICMP code; 0 when not visible.
@@ -117,6 +106,8 @@ pub struct Parsed {
     pub family: Family,
     /// Whether it is a fragment.
     pub frag: Frag,
+    /// What it is.
+    pub kind: Kind,
     flags: u8,
 }
 
@@ -166,11 +157,20 @@ impl Parsed {
         ip(self.family, self.dst)
     }
 
-    /// SPI and sequence number of ESP, plain or in UDP.
+    /// SPI (perhaps a reserved value) and low half of the sequence number of ESP, plain or in UDP.
     #[inline]
     pub const fn esp(&self) -> Option<(u32, u32)> {
         match self.kind {
-            Kind::Esp { spi, seq } | Kind::UdpEsp { spi, seq } => Some((spi, seq)),
+            Kind::Esp | Kind::UdpEsp => Some((self.spi, self.seq)),
+            _ => None,
+        }
+    }
+
+    /// Ethertype behind the VLAN tag, of what is not IP.
+    #[inline]
+    pub const fn ethertype(&self) -> Option<u16> {
+        match self.kind {
+            Kind::NotIp => Some(self.sport),
             _ => None,
         }
     }
@@ -179,7 +179,7 @@ impl Parsed {
     #[inline]
     pub const fn esp_off(&self) -> usize {
         match self.kind {
-            Kind::UdpEsp { .. } => self.upper_off as usize + 8,
+            Kind::UdpEsp => self.upper_off as usize + 8,
             _ => self.upper_off as usize,
         }
     }
@@ -263,8 +263,9 @@ fn not_ip(ethertype: u16, l2_len: u8, vlan: u16, group: u8) -> Parsed {
     Parsed {
         src: 0,
         dst: 0,
-        kind: Kind::NotIp { ethertype },
-        sport: 0,
+        spi: 0,
+        seq: 0,
+        sport: ethertype,
         dport: 0,
         vlan,
         l3_len: 0,
@@ -275,6 +276,7 @@ fn not_ip(ethertype: u16, l2_len: u8, vlan: u16, group: u8) -> Parsed {
         tos: 0,
         family: Family::V4,
         frag: Frag::No,
+        kind: Kind::NotIp,
         flags: group,
     }
 }
@@ -321,12 +323,15 @@ fn parse_v4(
     } else {
         v4_fragment(field, upper.len())?
     };
-    let p = Parsed {
+    let up = Upper::read(h[9], frag, upper, natt)?;
+    // Built once, from values in registers: a copy of what was just written in pieces would stall.
+    Ok(Parsed {
         src: u128::from(be32(h, 12)),
         dst: u128::from(be32(h, 16)),
-        kind: Kind::Ip,
-        sport: 0,
-        dport: 0,
+        spi: up.spi,
+        seq: up.seq,
+        sport: up.sport,
+        dport: up.dport,
         vlan,
         l3_len,
         upper_off: len16(header_len),
@@ -336,9 +341,9 @@ fn parse_v4(
         tos: h[1],
         family: Family::V4,
         frag,
-        flags: group | (u8::from(field & ipv4::DF != 0) * DF),
-    };
-    finish(p, upper, natt)
+        kind: up.kind,
+        flags: up.flags | group | (u8::from(field & ipv4::DF != 0) * DF),
+    })
 }
 
 /// Header length and sum of a header that is not the usual 20 bytes.
@@ -393,12 +398,14 @@ fn parse_v6(
         }
         p => (p, 40, Frag::No, payload),
     };
-    let p = Parsed {
+    let up = Upper::read(proto, frag, upper, natt)?;
+    Ok(Parsed {
         src: be128(h, 8),
         dst: be128(h, 24),
-        kind: Kind::Ip,
-        sport: 0,
-        dport: 0,
+        spi: up.spi,
+        seq: up.seq,
+        sport: up.sport,
+        dport: up.dport,
         vlan,
         l3_len: len16(40 + len),
         upper_off,
@@ -408,9 +415,9 @@ fn parse_v6(
         tos: ipv6::tos(h),
         family: Family::V6,
         frag,
-        flags: group | DF,
-    };
-    finish(p, upper, natt)
+        kind: up.kind,
+        flags: up.flags | group | DF,
+    })
 }
 
 #[inline(always)]
@@ -444,87 +451,116 @@ fn walk(next: u8, payload: &[u8]) -> Result<(u8, u16, Frag, &[u8]), DropReason> 
     Ok((w.proto, len16(w.upper_at), frag, upper))
 }
 
-/// Fills in what depends on the upper layer.
-#[inline(always)]
-fn finish(mut p: Parsed, upper: &[u8], natt: NattPorts) -> Result<Parsed, DropReason> {
-    if p.frag == Frag::Later {
-        return Ok(p);
-    }
-    let Some(u) = upper.first_chunk::<8>() else {
-        return finish_short(p, upper);
+/// What depends on the upper layer.
+#[derive(Clone, Copy)]
+struct Upper {
+    kind: Kind,
+    spi: u32,
+    seq: u32,
+    sport: u16,
+    dport: u16,
+    flags: u8,
+}
+
+impl Upper {
+    const OPAQUE: Self = Self {
+        kind: Kind::Ip,
+        spi: 0,
+        seq: 0,
+        sport: 0,
+        dport: 0,
+        flags: 0,
     };
-    match p.proto {
-        proto::ESP if p.frag == Frag::No => {
-            p.kind = Kind::Esp {
+
+    #[inline(always)]
+    fn read(proto: u8, frag: Frag, upper: &[u8], natt: NattPorts) -> Result<Self, DropReason> {
+        if frag == Frag::Later {
+            return Ok(Self::OPAQUE);
+        }
+        let Some(u) = upper.first_chunk::<8>() else {
+            return Self::read_short(proto, upper);
+        };
+        let ports = Self {
+            sport: be16(u, 0),
+            dport: be16(u, 2),
+            flags: PORTS_VISIBLE,
+            ..Self::OPAQUE
+        };
+        Ok(match proto {
+            proto::ESP if frag == Frag::No => Self {
+                kind: Kind::Esp,
                 spi: be32(u, 0),
                 seq: be32(u, 4),
-            };
-        }
-        proto::UDP => {
-            p.sport = be16(u, 0);
-            p.dport = be16(u, 2);
-            p.flags |= PORTS_VISIBLE;
-            if (natt.contains(p.dport) || p.dport == 500) && p.frag == Frag::No {
-                p.kind = udp_kind(p.dport, upper);
+                ..Self::OPAQUE
+            },
+            proto::UDP => {
+                let special = natt.contains(ports.dport) || ports.dport == 500;
+                if special && frag == Frag::No {
+                    let (kind, spi, seq) = udp_kind(ports.dport, upper);
+                    Self {
+                        kind,
+                        spi,
+                        seq,
+                        ..ports
+                    }
+                } else {
+                    ports
+                }
             }
-        }
-        proto::ICMP | proto::ICMPV6 => {
-            p.sport = u16::from(u[0]);
-            p.dport = u16::from(u[1]);
-            p.flags |= ICMP_VISIBLE;
-        }
-        other if proto::has_ports(other) => {
-            p.sport = be16(u, 0);
-            p.dport = be16(u, 2);
-            p.flags |= PORTS_VISIBLE;
-        }
-        _ => {}
+            proto::ICMP | proto::ICMPV6 => Self {
+                sport: u16::from(u[0]),
+                dport: u16::from(u[1]),
+                flags: ICMP_VISIBLE,
+                ..Self::OPAQUE
+            },
+            other if proto::has_ports(other) => ports,
+            _ => Self::OPAQUE,
+        })
     }
-    Ok(p)
+
+    #[cold]
+    #[inline(never)]
+    fn read_short(proto: u8, upper: &[u8]) -> Result<Self, DropReason> {
+        match proto {
+            // Eight bytes are the whole header of UDP and the least an ICMP or ESP packet can be.
+            proto::ESP => Err(DropReason::EspTooShort),
+            proto::UDP | proto::ICMP | proto::ICMPV6 => Err(DropReason::IpMalformed),
+            other if proto::has_ports(other) => {
+                let b = upper.first_chunk::<4>().ok_or(DropReason::IpMalformed)?;
+                Ok(Self {
+                    sport: be16(b, 0),
+                    dport: be16(b, 2),
+                    flags: PORTS_VISIBLE,
+                    ..Self::OPAQUE
+                })
+            }
+            _ => Ok(Self::OPAQUE),
+        }
+    }
 }
 
-/// A datagram whose UDP length disagrees with IP is left to the policy: only its receiver may judge it.
-#[inline(never)]
-fn udp_kind(dport: u16, upper: &[u8]) -> Kind {
+/// Kind, SPI and sequence number. A datagram whose UDP length disagrees with IP is left to the policy: only
+/// its receiver may judge it.
+#[inline(always)]
+fn udp_kind(dport: u16, upper: &[u8]) -> (Kind, u32, u32) {
+    let ip = (Kind::Ip, 0, 0);
     let Some((udp, payload)) = upper.split_first_chunk::<8>() else {
-        return Kind::Ip;
+        return ip;
     };
     if usize::from(be16(udp, 4)) != upper.len() {
-        return Kind::Ip;
+        return ip;
     }
     if dport == 500 {
-        return Kind::Ike;
+        return (Kind::Ike, 0, 0);
     }
-    use super::esp::UdpPayload;
     match UdpPayload::classify(payload) {
-        UdpPayload::Keepalive => Kind::NatKeepalive,
-        UdpPayload::Ike(_) => Kind::Ike,
+        UdpPayload::Keepalive => (Kind::NatKeepalive, 0, 0),
+        UdpPayload::Ike(_) => (Kind::Ike, 0, 0),
         UdpPayload::Esp(esp) => match esp.first_chunk::<8>() {
-            Some(h) => Kind::UdpEsp {
-                spi: be32(h, 0),
-                seq: be32(h, 4),
-            },
-            None => Kind::Ip,
+            Some(h) => (Kind::UdpEsp, be32(h, 0), be32(h, 4)),
+            None => ip,
         },
-        UdpPayload::Malformed => Kind::Ip,
-    }
-}
-
-#[cold]
-#[inline(never)]
-fn finish_short(mut p: Parsed, upper: &[u8]) -> Result<Parsed, DropReason> {
-    match p.proto {
-        // Eight bytes are the whole header of UDP and the least an ICMP or ESP packet can be.
-        proto::ESP => Err(DropReason::EspTooShort),
-        proto::UDP | proto::ICMP | proto::ICMPV6 => Err(DropReason::IpMalformed),
-        other if proto::has_ports(other) => {
-            let b = upper.first_chunk::<4>().ok_or(DropReason::IpMalformed)?;
-            p.sport = be16(b, 0);
-            p.dport = be16(b, 2);
-            p.flags |= PORTS_VISIBLE;
-            Ok(p)
-        }
-        _ => Ok(p),
+        UdpPayload::Malformed => ip,
     }
 }
 
@@ -613,7 +649,7 @@ mod tests {
         assert_eq!((p.l2_len, p.vlan, p.family), (18, 42, Family::V6));
         assert_eq!((p.tos, p.ttl, p.l3_len), (0xb9, 9, 48));
         let p = parse(&eth(42, 0x0806, &[0; 28]), NATT).unwrap();
-        assert_eq!(p.kind, Kind::NotIp { ethertype: 0x0806 });
+        assert_eq!((p.kind, p.ethertype()), (Kind::NotIp, Some(0x0806)));
         assert_eq!((p.l2_len, p.vlan), (18, 42));
         let mut f = eth(0, 0x88cc, &[]);
         f[0] = 1;
@@ -624,27 +660,24 @@ mod tests {
     #[test]
     fn esp_is_recognised_plain_and_in_udp() {
         let esp = [0, 0, 0x10, 1, 0, 0, 0, 9, 1, 2, 3, 4];
-        let kind = |b: &[u8]| parse_ip(b, NATT).unwrap().kind;
-        let plain = Kind::Esp {
-            spi: 0x1001,
-            seq: 9,
+        let kind = |b: &[u8]| {
+            let p = parse_ip(b, NATT).unwrap();
+            (p.kind, p.esp())
         };
-        let in_udp = Kind::UdpEsp {
-            spi: 0x1001,
-            seq: 9,
-        };
+        let plain = (Kind::Esp, Some((0x1001, 9)));
+        let in_udp = (Kind::UdpEsp, Some((0x1001, 9)));
         assert_eq!(kind(&v4(50, 0, &esp)), plain);
         assert_eq!(kind(&v6(50, &esp)), plain);
         let b = v4(17, 0, &udp(9999, 4500, &esp));
         assert_eq!(kind(&b), in_udp);
         assert_eq!(parse_ip(&b, NATT).unwrap().esp_off(), 28);
         assert_eq!(kind(&v6(17, &udp(9999, 4500, &esp))), in_udp);
-        assert_eq!(kind(&v4(17, 0, &udp(4500, 9999, &esp))), Kind::Ip);
+        assert_eq!(kind(&v4(17, 0, &udp(4500, 9999, &esp))), (Kind::Ip, None));
         assert_eq!(
             parse_ip(&v4(17, 0, &udp(1, 7777, &esp)), NattPorts([4500, 7777]))
                 .unwrap()
                 .kind,
-            in_udp
+            Kind::UdpEsp
         );
         assert_eq!(
             parse_ip(&v4(50, 0, &esp[..7]), NATT),
