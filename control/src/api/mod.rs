@@ -17,7 +17,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-pub use report::{DropCount, PolicyInfo, SaInfo, Stats, TunnelInfo, WorkerInfo, action_name};
+pub use report::{
+    ConsumedCount, DropCount, PolicyInfo, SaInfo, Stats, TunnelInfo, WorkerInfo, action_name,
+};
 pub use server::{ApiConfig, ApiError, Listener, serve};
 
 use crate::core::Control;

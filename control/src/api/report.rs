@@ -1,6 +1,6 @@
 //! What answers consist of.
 
-use sa_store::drops::DropReason;
+use sa_store::drops::{Consumed, DropReason};
 use sa_store::policy::{Action, Policy, Ports, Selector};
 use sa_store::runtime::{SaEntry, event};
 use sa_store::sa::{Direction, Mode};
@@ -227,6 +227,15 @@ pub struct DropCount {
     pub frames: u64,
 }
 
+/// Packets that ended inside for one good reason, all workers together.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsumedCount {
+    /// Kind.
+    pub kind: String,
+    /// Frames.
+    pub frames: u64,
+}
+
 /// The gateway at a glance.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Stats {
@@ -244,10 +253,13 @@ pub struct Stats {
     pub tunnels: Vec<TunnelInfo>,
     /// Reasons that occurred.
     pub drops: Vec<DropCount>,
+    /// Kinds of consumption that occurred.
+    pub consumed: Vec<ConsumedCount>,
 }
 
 impl Stats {
-    pub(super) fn of(c: &Control) -> Self {
+    /// Of now.
+    pub fn of(c: &Control) -> Self {
         let snapshot = c.store.current();
         let workers = c.plane.workers();
         let drops = DropReason::ALL.iter().map(|r| DropCount {
@@ -255,6 +267,13 @@ impl Stats {
             frames: workers
                 .iter()
                 .map(|w| w.counters.dropped[r.index()].value())
+                .sum(),
+        });
+        let consumed = Consumed::ALL.iter().map(|k| ConsumedCount {
+            kind: k.name().into(),
+            frames: workers
+                .iter()
+                .map(|w| w.counters.consumed[*k as usize].value())
                 .sum(),
         });
         Self {
@@ -275,6 +294,7 @@ impl Stats {
                 .map(|(t, (o, i))| tunnel_info(&t.name, t.rekeys, &o, &i))
                 .collect(),
             drops: drops.filter(|d| d.frames > 0).collect(),
+            consumed: consumed.filter(|c| c.frames > 0).collect(),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use control::api::ApiConfig;
+use control::api::{ApiConfig, Stats};
 use control::core::{Control, Parts};
 use control::plane::WorkerView;
 use control::run::{Ended, Options, Running, StartError};
@@ -175,17 +175,18 @@ impl Offline {
         &mut self.control
     }
 
-    /// Ends it. The account of all frames.
+    /// Ends it. The account of all frames and the final counters.
     ///
     /// # Errors
     /// The lease store did not take the exact numbers.
-    pub fn finish(self) -> Result<Balance, LeaseError> {
+    pub fn finish(self) -> Result<(Balance, Stats), LeaseError> {
         for w in self.workers {
             w.shut_down();
         }
         let balance = Balance::of(self.counters.iter().map(|c| &**c));
+        let stats = Stats::of(&self.control);
         self.control.finish(true)?;
-        Ok(balance)
+        Ok((balance, stats))
     }
 }
 

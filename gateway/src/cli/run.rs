@@ -22,6 +22,9 @@ pub(super) struct RunArgs {
     /// Repeat a run exactly, IVs included: a throw-away lease store is used. Refused with af_xdp and tap ports.
     #[arg(long, value_name = "N")]
     test_seed: Option<u64>,
+    /// Print the final counters as JSON.
+    #[arg(long, requires = "exit_when_idle")]
+    json: bool,
 }
 
 pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
@@ -36,7 +39,7 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
     }
     super::log_to_stderr(&config.log.level, config.log.format == LogFormat::Json);
     if args.exit_when_idle {
-        offline(&config)
+        offline(&config, args.json)
     } else {
         service(&config)
     }
@@ -57,7 +60,7 @@ fn service(config: &GatewayConfig) -> Result<(), Failure> {
     }
 }
 
-fn offline(config: &GatewayConfig) -> Result<(), Failure> {
+fn offline(config: &GatewayConfig, json: bool) -> Result<(), Failure> {
     if let Some(port) = config.ports.iter().find(|p| p.kind.is_live()) {
         return Err(Failure::refused(format!(
             "--exit-when-idle is for captures; port \"{}\" never ends",
@@ -66,7 +69,13 @@ fn offline(config: &GatewayConfig) -> Result<(), Failure> {
     }
     let mut offline = Offline::open(config).map_err(start_failed)?;
     offline.run();
-    let balance = offline.finish().map_err(Failure::failed)?;
+    let (balance, stats) = offline.finish().map_err(Failure::failed)?;
+    if json {
+        println!(
+            "{:#}",
+            serde_json::to_value(&stats).map_err(Failure::failed)?
+        );
+    }
     balanced(&balance)
 }
 

@@ -211,6 +211,15 @@ fn totals(s: &Stats) {
             .collect();
         print(&["drop reason", ">frames"], &drops);
     }
+    if !s.consumed.is_empty() {
+        println!();
+        let consumed: Vec<_> = s
+            .consumed
+            .iter()
+            .map(|c| vec![c.kind.clone(), number(c.frames)])
+            .collect();
+        print(&["consumed", ">frames"], &consumed);
+    }
 }
 
 #[allow(clippy::cast_precision_loss, reason = "rates for people")]
