@@ -94,12 +94,12 @@ impl State<'_> {
         match (q.arrival, q.spi) {
             (Arrival::Outside, Some(spi)) => self.esp(q, spi, &mut e),
             (Arrival::Outside, None) => self.clear_from_outside(q, &mut e),
-            (Arrival::Inside, _) => self.from_inside(q, &mut e),
+            (Arrival::Inside, _) => self.clear_from_inside(q, &mut e),
         }
         e
     }
 
-    fn from_inside(&self, q: &Query, e: &mut Explanation) {
+    fn clear_from_inside(&self, q: &Query, e: &mut Explanation) {
         let Some(key) = key_of(q) else {
             return families(e);
         };
@@ -109,12 +109,12 @@ impl State<'_> {
                 "the route to {} leads into tunnel \"{name}\": it comes before the policies",
                 q.dst
             ));
-            return self.protect(tunnel, q, &key, e);
+            return self.protect(tunnel, &key, e);
         }
         let verdict = self.snapshot.spd_out.lookup(&key);
         self.name_policy(&self.snapshot.spd_out, verdict.policy, "outbound", e);
         match verdict.action {
-            Action::Protect { tunnel } => self.protect(tunnel, q, &key, e),
+            Action::Protect { tunnel } => self.protect(tunnel, &key, e),
             Action::Bypass => {
                 e.why.push("the policy lets it pass in the clear".into());
                 self.route(q.dst, Vrf(q.vrf), e, "bypass");
@@ -129,7 +129,7 @@ impl State<'_> {
         }
     }
 
-    fn protect(&self, tunnel: TunnelIdx, q: &Query, key: &FlowKey, e: &mut Explanation) {
+    fn protect(&self, tunnel: TunnelIdx, key: &FlowKey, e: &mut Explanation) {
         let name = (self.tunnel_name)(tunnel);
         e.tunnel = Some(name.clone());
         let Some(sa) = self.snapshot.outbound(tunnel) else {
@@ -147,7 +147,6 @@ impl State<'_> {
                 "note: the SA's selectors do not cover the packet; the peer will drop it".into(),
             );
         }
-        let _ = q;
         self.route(sa.spec.dst, sa.fixed.vrf, e, "protect");
     }
 

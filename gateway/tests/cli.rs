@@ -256,12 +256,10 @@ fn the_demo_verifies_every_packet_with_rekeys_in_between() {
 #[test]
 fn a_running_gateway_answers_reloads_and_stops_in_order() {
     let site = Site::new();
-    let config = format!(
-        "sa_files = [\"sa.toml\"]\nmemory = {{ frames = 1024, lock = false, huge = \"never\" }}\n\
-         leases = {{ path = \"leases\" }}\napi = {{ socket = \"api.sock\" }}\nmetrics = {{ listen = \"127.0.0.1:0\" }}\n\
-         [[port]]\nname = \"a\"\nkind = \"memory\"\nside = \"inside\"\nmemory = {{ peer = \"b\" }}\n\
-         [[port]]\nname = \"b\"\nkind = \"memory\"\nside = \"outside\"\nmemory = {{ peer = \"a\" }}\naddresses = [\"192.0.2.1/24\"]\n"
-    );
+    let config = "sa_files = [\"sa.toml\"]\nmemory = { frames = 1024, lock = false, huge = \"never\" }\n\
+         leases = { path = \"leases\" }\napi = { socket = \"api.sock\" }\nmetrics = { listen = \"127.0.0.1:0\" }\n\
+         [[port]]\nname = \"a\"\nkind = \"memory\"\nside = \"inside\"\nmemory = { peer = \"b\" }\n\
+         [[port]]\nname = \"b\"\nkind = \"memory\"\nside = \"outside\"\nmemory = { peer = \"a\" }\naddresses = [\"192.0.2.1/24\"]\n";
     std::fs::write(site.path("live.toml"), config).unwrap();
     let mut child = Command::new(env!("CARGO_BIN_EXE_esplanade"))
         .args(["run", "--config", &site.arg("live.toml")])

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use sa_store::file::Config;
-use sa_store::sa::{Direction, Vrf};
+use sa_store::sa::Direction;
 use sa_store::spd::{Spd, TunnelIdx};
 use serde_json::json;
 
@@ -165,7 +165,6 @@ fn show_sas(c: &Config) {
     if c.policies.is_empty() && c.tunnels.iter().all(|t| t.if_id.0 == 0) {
         println!("note: without policies or routes into tunnels everything is discarded");
     }
-    let _ = Vrf(0);
 }
 
 fn as_json(g: Option<&GatewayConfig>, c: &Config) -> serde_json::Value {

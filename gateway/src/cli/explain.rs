@@ -144,7 +144,7 @@ fn of_packet(p: &Parsed, arrival: Arrival, vrf: u16) -> Query {
         Family::V4 => IpAddr::V4(u32::try_from(a & 0xffff_ffff).unwrap_or(0).into()),
         Family::V6 => IpAddr::V6(a.into()),
     };
-    let esp = matches!(p.kind, Kind::Esp { .. } | Kind::UdpEsp { .. });
+    let esp = matches!(p.kind, Kind::Esp | Kind::UdpEsp);
     Query {
         arrival,
         src: address(p.src),

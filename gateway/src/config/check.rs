@@ -108,11 +108,11 @@ impl Checker<'_, '_> {
             || format!("\"frames\" is {}; it must lie in 256 to 16777216", m.frames),
         );
         self.require(
-            (1024..=65_536).contains(&m.stride) && m.stride % 64 == 0,
+            (1024..=65_472).contains(&m.stride) && m.stride.is_multiple_of(64),
             &["memory", "stride"],
             || {
                 format!(
-                    "\"stride\" is {}; it must be a multiple of 64 in 1024 to 65536",
+                    "\"stride\" is {}; it must be a multiple of 64 in 1024 to 65472",
                     m.stride
                 )
             },
