@@ -11,7 +11,7 @@ use gateway::esp::iv::CbcIvGen;
 use gateway::esp::mss;
 use gateway::wire::ipv4::Ipv4Repr;
 use gateway::wire::ipv6::Ipv6Repr;
-use gateway::wire::{Family, NattPorts, Parsed, parse, parse_ip};
+use gateway::wire::{Family, NattPorts, Parsed, parse_into, parse_ip};
 use pmd::{Arena, ArenaConfig, BURST, Frame, Pool};
 use sa_store::plan::{InPlan, OutPlan};
 use sa_store::sa::Mode;
@@ -98,13 +98,10 @@ fn parse_stage(c: &mut Criterion) {
     for (name, family) in [("ipv4", Family::V4), ("ipv6", Family::V6)] {
         let (mut pool, mut v) = frames(&ethernet(family, &packet(family, 64)));
         g.bench_function(name, |b| {
-            let mut out: Vec<Parsed> = Vec::with_capacity(BURST);
+            let mut out = vec![Parsed::NOTHING; BURST];
             b.iter(|| {
-                out.clear();
-                for f in &v {
-                    if let Ok(p) = parse(f.data(), NattPorts::default()) {
-                        out.push(p);
-                    }
+                for (f, p) in v.iter().zip(&mut out) {
+                    let _ = parse_into(f.data(), NattPorts::default(), p);
                 }
                 black_box(&mut out);
             });

@@ -18,7 +18,7 @@ pub mod tcp;
 pub mod udp;
 
 pub use parse::{
-    Family, Frag, Kind, NattPorts, Parsed, decrement_ttl, parse, parse_ip, parse_ip_at,
+    Family, Frag, Kind, NattPorts, Parsed, decrement_ttl, parse, parse_into, parse_ip, parse_ip_at,
 };
 
 use sa_store::drops::DropReason;

@@ -115,6 +115,27 @@ pub struct Parsed {
 const _: () = assert!(size_of::<Parsed>() == 64);
 
 impl Parsed {
+    /// The description of no packet, to be overwritten.
+    pub const NOTHING: Self = Self {
+        src: 0,
+        dst: 0,
+        spi: 0,
+        seq: 0,
+        sport: 0,
+        dport: 0,
+        vlan: 0,
+        l3_len: 0,
+        upper_off: 0,
+        l2_len: 0,
+        proto: 0,
+        ttl: 0,
+        tos: 0,
+        family: Family::V4,
+        frag: Frag::No,
+        kind: Kind::NotIp,
+        flags: 0,
+    };
+
     /// Source and destination port of TCP, UDP, SCTP, DCCP, UDP-Lite, where visible.
     #[inline]
     pub const fn ports(&self) -> Option<(u16, u16)> {
@@ -199,16 +220,30 @@ const fn ip(family: Family, a: u128) -> IpAddr {
 /// malformed, which also refuses tiny first fragments (RFC 1858, RFC 7112).
 #[inline]
 pub fn parse(frame: &[u8], natt: NattPorts) -> Result<Parsed, DropReason> {
+    let mut p = Parsed::NOTHING;
+    parse_into(frame, natt, &mut p)?;
+    Ok(p)
+}
+
+/// [`parse`] straight into the place where the description will stay: a copy of a value that was just
+/// written field by field costs as much as making it.
+///
+/// # Errors
+/// As [`parse`]; `out` is then unchanged.
+#[inline]
+pub fn parse_into(frame: &[u8], natt: NattPorts, out: &mut Parsed) -> Result<(), DropReason> {
     let Some((eth, l3)) = frame.split_first_chunk::<ETH_LEN>() else {
         return Err(DropReason::L2Malformed);
     };
     let group = (eth[0] & 1) * L2_GROUP;
+    // Each arm stores for itself: merging the arms first would send the value through the stack.
     match be16(eth, 12) {
-        TYPE_IPV4 => parse_v4(l3, 14, 0, group, natt),
-        TYPE_IPV6 => parse_v6(l3, 14, 0, group, natt),
-        TYPE_VLAN => parse_tagged(l3, group, natt),
-        ethertype => Ok(not_ip(ethertype, 14, 0, group)),
+        TYPE_IPV4 => *out = parse_v4(l3, 14, 0, group, natt)?,
+        TYPE_IPV6 => *out = parse_v6(l3, 14, 0, group, natt)?,
+        TYPE_VLAN => *out = parse_tagged(l3, group, natt)?,
+        ethertype => *out = not_ip(ethertype, 14, 0, group),
     }
+    Ok(())
 }
 
 /// Parses from the IP header on: decrypted packets, TUN. [`Parsed::l2_len`] is 0.
@@ -261,23 +296,11 @@ pub fn decrement_ttl(packet: &mut [u8], p: &Parsed) -> Result<(), DropReason> {
 #[cold]
 fn not_ip(ethertype: u16, l2_len: u8, vlan: u16, group: u8) -> Parsed {
     Parsed {
-        src: 0,
-        dst: 0,
-        spi: 0,
-        seq: 0,
         sport: ethertype,
-        dport: 0,
-        vlan,
-        l3_len: 0,
-        upper_off: 0,
         l2_len,
-        proto: 0,
-        ttl: 0,
-        tos: 0,
-        family: Family::V4,
-        frag: Frag::No,
-        kind: Kind::NotIp,
+        vlan,
         flags: group,
+        ..Parsed::NOTHING
     }
 }
 
