@@ -1,0 +1,47 @@
+"""The gateway as a program in a namespace."""
+
+import json
+import subprocess
+
+from netns import Failed, end, sh, wait_for
+
+COMMON = """
+sa_files = ["sa.toml"]
+[leases]
+path = "leases"
+[api]
+socket = "api.sock"
+[metrics]
+enabled = false
+"""
+
+
+class Gateway:
+    """Starts in `directory`, where it finds `sa.toml` and keeps its leases."""
+
+    def __init__(self, world, program, namespace, directory, config, log):
+        self.program, self.dir, self.log = program, directory, world.dir / log
+        (directory / "gateway.toml").write_text(COMMON + config)
+        self.socket = directory / "api.sock"
+        self.socket.unlink(missing_ok=True)
+        command = (program, "run", "--config", directory / "gateway.toml")
+        self.process = world.start(*command, namespace=namespace, log=log)
+        wait_for("the gateway to answer", self.ready)
+
+    def ready(self):
+        """Whether it answers; fails when it has ended."""
+        if self.process.poll() is not None:
+            raise Failed(f"the gateway ended with {self.process.returncode}: {self.log.read_text()[-2000:]}")
+        command = [self.program, "status", "--json", "--socket", self.socket]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.returncode == 0 and json.loads(done.stdout).get("ready")
+
+    def ask(self, *command):
+        """An answer of the API, decoded."""
+        return json.loads(sh(self.program, *command, "--json", "--socket", self.socket))
+
+    def stop(self):
+        """An orderly end. It fails when the account of frames does not balance."""
+        code = end(self.process)
+        if code != 0:
+            raise Failed(f"the gateway ended with {code}: {self.log.read_text()[-2000:]}")
