@@ -4,7 +4,7 @@
 
 use std::net::IpAddr;
 
-use crate::sa::{Df, Dscp, Mode, SaSpec, Tfc};
+use crate::sa::{Df, Dscp, Mode, SaSpec};
 use crate::suite::{Cipher, Suite};
 
 /// Largest outer header: IPv6 and UDP, bytes.
@@ -233,9 +233,9 @@ impl OutPlan {
             header,
             spi: spec.spi.value(),
             header_sum: ones_sum(&header[..20]),
-            tfc_to: match (spec.tfc, spec.mode) {
-                (Tfc::PadTo(n), Mode::Tunnel) => n,
-                _ => 0,
+            tfc_to: match spec.mode {
+                Mode::Tunnel => spec.tfc.pad_to(),
+                Mode::Transport => 0,
             },
             pmtu: spec.pmtu.unwrap_or(0),
             head_len: byte(ip_len + gap),

@@ -120,6 +120,40 @@ pub enum Tfc {
     Off,
     /// Pad every inner packet to this many bytes, where the MTU allows.
     PadTo(u16),
+    /// Also send dummy packets (RFC 4303 section 2.6), so that a pause does not show.
+    Cover {
+        /// As [`PadTo`](Self::PadTo); 0 does not pad.
+        pad_to: u16,
+        /// Dummy packets a second.
+        dummies: u16,
+    },
+}
+
+impl Tfc {
+    /// From its two parts, each 0 for "no".
+    pub const fn of(pad_to: u16, dummies: u16) -> Self {
+        match (pad_to, dummies) {
+            (0, 0) => Self::Off,
+            (_, 0) => Self::PadTo(pad_to),
+            _ => Self::Cover { pad_to, dummies },
+        }
+    }
+
+    /// Bytes to pad inner packets to; 0 for none.
+    pub const fn pad_to(self) -> u16 {
+        match self {
+            Self::Off => 0,
+            Self::PadTo(n) | Self::Cover { pad_to: n, .. } => n,
+        }
+    }
+
+    /// Dummy packets a second.
+    pub const fn dummies(self) -> u16 {
+        match self {
+            Self::Cover { dummies, .. } => dummies,
+            _ => 0,
+        }
+    }
 }
 
 /// Soft or hard limits; `None` means no limit.

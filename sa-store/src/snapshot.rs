@@ -34,6 +34,8 @@ pub struct Snapshot {
     pub sas: Chunked<Option<Arc<SaEntry>>>,
     /// Tunnels by index.
     pub tunnels: Chunked<TunnelSlot>,
+    /// Outbound SAs that send dummy packets.
+    pub dummies: Arc<Vec<SaId>>,
     /// Policies for traffic from the clear side.
     pub spd_out: Arc<Spd>,
     /// Policies for traffic that arrives, protected or clear.

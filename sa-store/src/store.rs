@@ -152,6 +152,7 @@ impl Store {
             sad: Sad::default(),
             sas: Chunked::new(None),
             tunnels: Chunked::new(TunnelSlot { out: NO_SA }),
+            dummies: Arc::new(Vec::new()),
             spd_out: Arc::new(Spd::empty(Direction::Out)),
             spd_in: Arc::new(Spd::empty(Direction::In)),
             fib: Arc::new(Fib::default()),
@@ -312,7 +313,12 @@ impl Store {
         ));
         match entry.fixed.direction {
             Direction::In => draft.snapshot.sad.insert(Arc::clone(&entry)),
-            Direction::Out => draft.set_outbound(tunnel, id),
+            Direction::Out => {
+                draft.set_outbound(tunnel, id);
+                if entry.spec.tfc.dummies() != 0 {
+                    Arc::make_mut(&mut draft.snapshot.dummies).push(id);
+                }
+            }
         }
         draft.snapshot.sas.set(index, Some(entry));
         Ok(id)
@@ -408,6 +414,9 @@ impl Draft {
             self.snapshot
                 .tunnels
                 .set(tunnel.0, TunnelSlot { out: NO_SA });
+        }
+        if entry.spec.tfc.dummies() != 0 {
+            Arc::make_mut(&mut self.snapshot.dummies).retain(|d| *d != id);
         }
         self.removed.push(entry);
         true

@@ -1,6 +1,7 @@
 //! Workers: pinned threads that own queues and SAs and run packets to completion.
 
 mod core;
+mod cover;
 mod egress;
 mod handover;
 mod idle;

@@ -7,11 +7,12 @@ use sa_store::drops::DropReason;
 use sa_store::flow::{FlowCache, FlowKey};
 use sa_store::plan::OutPlan;
 use sa_store::runtime::SaEntry;
-use sa_store::sa::Mode;
+use sa_store::sa::{Mode, SaId};
 use sa_store::snapshot::Snapshot;
 use sa_store::spd::{Action, Verdict};
 
 use super::core::{Pkt, Protect, Shared, dst_of, flow_key};
+use super::cover::{Cover, DUMMY_LEN};
 use super::egress::{Egress, PortHop};
 use super::handover::{Handed, Task};
 use super::setup::{PipelineConfig, PolicyHits, Side};
@@ -43,6 +44,7 @@ pub(super) struct Outbound {
     state: EncapState,
     errors: TokenBucket,
     fragment_id: u32,
+    cover: Cover,
     pieces: Vec<Frame>,
 }
 
@@ -59,6 +61,7 @@ impl Outbound {
             state: EncapState::new(iv, 0),
             errors: TokenBucket::new(ICMP_PER_SECOND, ICMP_BURST),
             fragment_id: 0,
+            cover: Cover::default(),
             pieces: Vec::with_capacity(64),
         }
     }
@@ -87,6 +90,10 @@ impl Outbound {
         }
         if !self.protect.is_empty() {
             self.encapsulate(shared, snapshot);
+        }
+        self.cover.follow(snapshot, shared.id, shared.now);
+        while let Some(id) = self.cover.next_due(shared.now) {
+            self.dummy(shared, snapshot, id);
         }
         if !self.jobs.is_empty() {
             shared
@@ -314,6 +321,56 @@ impl Outbound {
                 entry.live.counters.malformed.add(1);
                 shared.drop(pkt.frame, reason);
             }
+        }
+    }
+
+    /// When a dummy packet is due next, gateway clock.
+    pub(super) fn wake_at(&self) -> Option<u64> {
+        self.cover.wake_at()
+    }
+
+    /// Sends a dummy packet on an SA. When something stands in the way, the next one will do.
+    #[cold]
+    fn dummy(&mut self, shared: &mut Shared, snapshot: &Snapshot, id: SaId) {
+        let Some(entry) = snapshot.sa(id) else { return };
+        let Some(plan) = &entry.fixed.out else { return };
+        let Egress::Port(hop) = shared.ports.route(
+            &snapshot.fib,
+            entry.fixed.vrf,
+            entry.fixed.dst,
+            entry.fixed.spi,
+        ) else {
+            return;
+        };
+        let room = plan.inner_mtu(plan.outer_mtu(shared.ports.mtu(hop)), 0);
+        let len = if plan.tfc_to == 0 {
+            DUMMY_LEN
+        } else {
+            plan.tfc_to
+        }
+        .min(room);
+        let Some(mut frame) = shared.pool.get_spare() else {
+            return;
+        };
+        shared.counters.generate(Generated::Dummy);
+        let built = entry.next_out(0, shared.now).and_then(|seq| {
+            Ok((
+                seq,
+                encap::dummy(&mut frame, usize::from(len), plan, seq, &mut self.state)?,
+            ))
+        });
+        match built {
+            Ok((seq, ok)) => self.jobs.push(EspJob {
+                esp_end: length(&frame),
+                frame,
+                sa: id,
+                seq,
+                tag: hop.to_tag(),
+                esp_off: ok.esp_off,
+                kind: JobKind::Seal,
+                status: JobStatus::Pending,
+            }),
+            Err(reason) => shared.drop(frame, reason),
         }
     }
 

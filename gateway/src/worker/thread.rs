@@ -116,6 +116,9 @@ impl Worker {
 
     fn wait(&self, longest: Duration) {
         let shared = &self.core.shared;
+        let due = self.core.outbound.wake_at();
+        let until = due.map_or(u64::MAX, |at| at.saturating_sub(gateway_now(&self.clock)));
+        let longest = longest.min(Duration::from_nanos(until));
         let mut fds: Vec<PollFd<'_>> = shared
             .ports
             .wait_fds()

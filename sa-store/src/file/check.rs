@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
 use crate::policy::{Action, Policy};
-use crate::sa::{Direction, IfId, Limits, Mode, OffloadMode, SaKeys, SaSpec, Spi, Vrf};
+use crate::sa::{Direction, IfId, Limits, Mode, OffloadMode, SaKeys, SaSpec, Spi, Tfc, Vrf};
 use crate::suite::{AeadIcv, Cipher, Suite};
 
 use super::decode::{
@@ -392,7 +392,10 @@ fn merge(base: Settings, raw: RawSettings, problems: &mut Problems) -> Settings 
         ecn: or(raw.ecn, base.ecn),
         ttl: or(raw.ttl, base.ttl),
         pmtu: or(raw.pmtu, base.pmtu),
-        tfc: or(raw.tfc, base.tfc),
+        tfc: Tfc::of(
+            or(raw.tfc, base.tfc.pad_to()),
+            or(raw.dummies, base.tfc.dummies()),
+        ),
         mss_clamp: or(raw.mss_clamp, base.mss_clamp),
         offload,
         engine: or(raw.engine, inherited),

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use zeroize::Zeroizing;
 
 use crate::policy::Selector;
-use crate::sa::{Df, Direction, Dscp, Limits, Mode, OffloadMode, Spi, Tfc, UdpEncap};
+use crate::sa::{Df, Direction, Dscp, Limits, Mode, OffloadMode, Spi, UdpEncap};
 use crate::suite::Suite;
 
 use super::fault::{Fault, Location, Problems};
@@ -40,6 +40,7 @@ pub(crate) const TUNNEL_KEYS: &[&str] = &[
     "ttl",
     "pmtu",
     "tfc",
+    "dummies",
     "mss_clamp",
     "offload",
     "engine",
@@ -68,6 +69,7 @@ pub(crate) const SA_KEYS: &[&str] = &[
     "ttl",
     "pmtu",
     "tfc",
+    "dummies",
     "mss_clamp",
     "offload",
     "engine",
@@ -115,7 +117,8 @@ pub(crate) struct RawSettings {
     pub(crate) ecn: Option<At<bool>>,
     pub(crate) ttl: Option<At<u8>>,
     pub(crate) pmtu: Option<At<Option<u16>>>,
-    pub(crate) tfc: Option<At<Tfc>>,
+    pub(crate) tfc: Option<At<u16>>,
+    pub(crate) dummies: Option<At<u16>>,
     pub(crate) mss_clamp: Option<At<bool>>,
     pub(crate) offload: Option<At<OffloadMode>>,
     pub(crate) engine: Option<At<Option<String>>>,
@@ -366,7 +369,8 @@ fn decode_settings(f: &Fields<'_, '_>, problems: &mut Problems) -> RawSettings {
             .scalar("tfc", "a number or \"off\"", problems, |v| {
                 number_or(v, "tfc", "off", 1)
             })
-            .map(|a| a.map(|v| v.map_or(Tfc::Off, Tfc::PadTo))),
+            .map(|a| a.map(|v| v.unwrap_or(0))),
+        dummies: f.number("dummies", 0..=10_000, problems),
         mss_clamp: f.flag("mss_clamp", problems),
         offload: f.text("offload", problems, |v| word("offload", v, OFFLOADS)),
         engine: f.text("engine", problems, |v| {

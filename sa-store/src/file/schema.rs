@@ -120,6 +120,9 @@ struct SettingsKeys {
     pmtu: Option<NumberOrText>,
     /// Pad inner packets to this many bytes (traffic-flow confidentiality), or "off" (default).
     tfc: Option<NumberOrText>,
+    /// Dummy packets to send each second while the tunnel is up (tunnel mode); 0 by default.
+    #[schemars(range(max = 10_000))]
+    dummies: Option<u16>,
     /// Clamp the TCP MSS to the tunnel's MTU; false by default.
     mss_clamp: Option<bool>,
     /// "software" (default), "crypto" (an engine ciphers) or "packet" (an engine does all of ESP).
@@ -315,7 +318,8 @@ mod tests {
         if std::env::var_os("UPDATE_SCHEMA").is_some() {
             std::fs::write(PATH, &now).unwrap();
         }
-        assert_eq!(std::fs::read_to_string(PATH).unwrap(), now);
+        let there = std::fs::read_to_string(PATH).unwrap();
+        assert!(there == now, "the schema has changed: write it anew with UPDATE_SCHEMA=1");
     }
 
     #[test]

@@ -483,7 +483,7 @@ mod properties {
             any::<bool>(),
             1u8..,
             prop::option::of(1280u16..),
-            prop_oneof![Just(Tfc::Off), (1u16..).prop_map(Tfc::PadTo)],
+            (any::<u16>(), 0u16..=10_000).prop_map(|(p, d)| Tfc::of(p, d)),
             any::<bool>(),
         );
         let c = (

@@ -5,7 +5,7 @@ use std::fmt::{self, Write};
 use zeroize::Zeroizing;
 
 use crate::policy::{Action, Policy, Ports, Selector};
-use crate::sa::{Direction, Dscp, Limits, SaSpec, Tfc, UdpEncap};
+use crate::sa::{Direction, Dscp, Limits, SaSpec, UdpEncap};
 
 use super::check::weaknesses;
 use super::model::{Config, Settings, Tunnel, default_sa_name};
@@ -196,11 +196,14 @@ fn emit_settings(s: &Settings, base: &Settings, w: &mut dyn Write) -> fmt::Resul
             None => writeln!(w, "pmtu = \"auto\"")?,
         }
     }
-    if s.tfc != base.tfc {
-        match s.tfc {
-            Tfc::PadTo(n) => writeln!(w, "tfc = {n}")?,
-            Tfc::Off => writeln!(w, "tfc = \"off\"")?,
+    if s.tfc.pad_to() != base.tfc.pad_to() {
+        match s.tfc.pad_to() {
+            0 => writeln!(w, "tfc = \"off\"")?,
+            n => writeln!(w, "tfc = {n}")?,
         }
+    }
+    if s.tfc.dummies() != base.tfc.dummies() {
+        writeln!(w, "dummies = {}", s.tfc.dummies())?;
     }
     if s.mss_clamp != base.mss_clamp {
         writeln!(w, "mss_clamp = {}", s.mss_clamp)?;
