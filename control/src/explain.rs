@@ -94,12 +94,12 @@ impl State<'_> {
         match (q.arrival, q.spi) {
             (Arrival::Outside, Some(spi)) => self.esp(q, spi, &mut e),
             (Arrival::Outside, None) => self.clear_from_outside(q, &mut e),
-            (Arrival::Inside, _) => self.clear_from_inside(q, &mut e),
+            (Arrival::Inside, _) => self.clear_judge_from_inside(q, &mut e),
         }
         e
     }
 
-    fn clear_from_inside(&self, q: &Query, e: &mut Explanation) {
+    fn clear_judge_from_inside(&self, q: &Query, e: &mut Explanation) {
         let Some(key) = key_of(q) else {
             return families(e);
         };

@@ -188,7 +188,10 @@ fn an_expired_hop_limit_is_answered() {
 #[test]
 fn dummy_packets_fill_the_silence_and_end_at_the_peer() {
     let sa = |s: &mut SaSpec| s.tfc = Tfc::of(600, 1000);
-    let mut bed = bed(&Plan { sa: Box::new(sa), ..Plan::default() });
+    let mut bed = bed(&Plan {
+        sa: Box::new(sa),
+        ..Plan::default()
+    });
     bed.settle();
     std::thread::sleep(std::time::Duration::from_millis(5));
     bed.send_left(&[udp("10.1.0.1", "10.2.0.1", 64, b"real")]);
@@ -197,5 +200,9 @@ fn dummy_packets_fill_the_silence_and_end_at_the_peer() {
     let eaten = bed.right.gw.counters[0].consumed[Consumed::Dummy as usize].value();
     assert!(eaten >= 1, "{eaten}");
     let lengths: std::collections::BTreeSet<usize> = bed.wire.iter().map(Vec::len).collect();
-    assert_eq!(lengths.len(), 1, "dummies and padded packets look alike: {lengths:?}");
+    assert_eq!(
+        lengths.len(),
+        1,
+        "dummies and padded packets look alike: {lengths:?}"
+    );
 }

@@ -116,7 +116,7 @@ fn same(got: &[u8], want: &[u8], v6: bool) -> bool {
 }
 
 fn tunnel_of(ip: &[u8], v6: bool) -> Option<usize> {
-    // The networks of a tunnel carry its number: see `Site::host`.
+    // The networks of a tunnel carry its number: see `Site::host`. By chance at the same place in both families.
     // The second byte of an IPv4 source, the sixth of an IPv6 one: by chance the same place in both headers.
     let number = *ip.get(13)?;
     Some(usize::from(if v6 { number } else { number & 0x7f }))

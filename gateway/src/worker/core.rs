@@ -210,7 +210,7 @@ impl Core {
                 continue;
             };
             let side = shared.ports.side_of(port);
-            if !frame.trim_front(usize::from(p.l2_len)) || matches!(p.kind, Kind::NotIp { .. }) {
+            if !frame.trim_front(usize::from(p.l2_len)) || matches!(p.kind, Kind::NotIp) {
                 shared.drop(frame, DropReason::NotForUs);
                 continue;
             }
@@ -220,7 +220,7 @@ impl Core {
             }
             let pkt = Pkt { frame, p, port };
             match (p.kind, side) {
-                (Kind::Esp { .. } | Kind::UdpEsp { .. }, _) => inbound.esp.push(pkt),
+                (Kind::Esp | Kind::UdpEsp, _) => inbound.esp.push(pkt),
                 (Kind::Ip, Side::Inside) if p.frag == Frag::No => outbound.clear.push(pkt),
                 _ => inbound.other.push(pkt),
             }

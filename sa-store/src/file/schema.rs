@@ -319,7 +319,10 @@ mod tests {
             std::fs::write(PATH, &now).unwrap();
         }
         let there = std::fs::read_to_string(PATH).unwrap();
-        assert!(there == now, "the schema has changed: write it anew with UPDATE_SCHEMA=1");
+        assert!(
+            there == now,
+            "the schema has changed: write it anew with UPDATE_SCHEMA=1"
+        );
     }
 
     #[test]
