@@ -23,7 +23,6 @@ class Gateway:
         self.program, self.dir, self.log = program, directory, world.dir / log
         (directory / "gateway.toml").write_text(COMMON + config)
         self.socket = directory / "api.sock"
-        self.socket.unlink(missing_ok=True)
         command = (program, "run", "--config", directory / "gateway.toml")
         self.process = world.start(*command, namespace=namespace, log=log)
         wait_for("the gateway to answer", self.ready)
@@ -39,6 +38,11 @@ class Gateway:
     def ask(self, *command):
         """An answer of the API, decoded."""
         return json.loads(sh(self.program, *command, "--json", "--socket", self.socket))
+
+    def kill(self):
+        """SIGKILL: it has no chance to put anything in order."""
+        self.process.kill()
+        self.process.wait()
 
     def stop(self):
         """An orderly end. It fails when the account of frames does not balance."""

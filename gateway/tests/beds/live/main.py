@@ -1,0 +1,260 @@
+"""What must not disturb a running gateway, and what must not make it unsafe; over af_xdp, with its real lease store.
+
+    reload   all keys of 10 000 SAs are changed, several times, while packets flow through them: none is lost
+    kill     SIGKILL at random moments while it sends, and a new start each time: no nonce is seen twice outside
+"""
+
+import argparse
+import multiprocessing
+import random
+import secrets
+import struct
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "peers/lib"))
+
+from gateway import Gateway
+from netns import Failed, World, address, mac, private_file, sh, veth, wait_for
+from packets import raw_socket, udp_frame
+
+CONFIG = """
+[workers]
+count = 1
+[[port]]
+name = "lan"
+kind = "af_xdp"
+side = "inside"
+addresses = ["10.1.0.1/24"]
+af_xdp = {{ steer_destinations = ["10.32.0.0/11"] }}
+[[port]]
+name = "wan"
+kind = "af_xdp"
+side = "outside"
+addresses = ["192.0.2.1/24"]
+[[route]]
+to = "10.32.0.0/11"
+via = "192.0.2.2"
+[[neighbour]]
+ip = "192.0.2.2"
+mac = "{peer}"
+port = "wan"
+"""
+TUNNELS = 5000
+RELOADS = 4
+# Tunnels that carry packets, spread over all of them.
+BUSY = 100
+KILLS = 30
+ESP = 14 + 20
+
+
+def network(n):
+    """The address behind tunnel `n`."""
+    return f"10.{32 + (n >> 16)}.{n >> 8 & 255}.{n & 255}"
+
+
+def sa_file(tunnels, generation, first_use=True):
+    """Tunnels with one SA in each direction, whose keys and SPIs are new in each generation."""
+    text = []
+    for n in range(tunnels):
+        text.append(f'[[tunnel]]\nname = "t{n}"\nlocal = "192.0.2.1"\nremote = "192.0.2.2"\nsuite = "aes-128-gcm-16"')
+        for k, direction in enumerate(("out", "in")):
+            spi = 0x1000_0000 + (generation << 20) + 2 * n + k
+            text.append(f'[[tunnel.sa]]\ndirection = "{direction}"\nspi = {spi}\nkey = "{secrets.token_hex(20)}"')
+            text += ["first_use = true"] if first_use else []
+        for direction, src, dst in (("out", "10.1.0.0/24", network(n)), ("in", network(n), "10.1.0.0/24")):
+            text.append(
+                f'[[policy]]\nname = "t{n}-{direction}"\ndirection = "{direction}"\npriority = 1\n'
+                f'action = "protect"\ntunnel = "t{n}"\nsrc = "{src}"\ndst = "{dst}"'
+            )
+    return "\n".join(text) + "\n"
+
+
+class Sender:
+    """Sends to the given destinations in turn, from a process of its own, at a steady rate."""
+
+    def __init__(self, namespace, to, destinations, rate):
+        self.count = multiprocessing.Value("Q", 0)
+        self.stopped = multiprocessing.Event()
+        frames = [udp_frame(to, "10.1.0.2", d, n) for n, d in enumerate(destinations)]
+        work = (raw_socket(namespace, "eth0"), frames, rate)
+        self.process = multiprocessing.Process(target=self.work, args=work, daemon=True)
+        self.process.start()
+
+    def work(self, sock, frames, rate):
+        """Sends in small bursts, as many as the clock says are due."""
+        sent, began = 0, time.monotonic()
+        while not self.stopped.is_set():
+            due = int((time.monotonic() - began) * rate)
+            for _ in range(min(due - sent, 32)):
+                sock.send(frames[sent % len(frames)])
+                sent += 1
+            self.count.value = sent
+            time.sleep(0.0005)
+
+    def stop(self):
+        """Ends it; returns how many were sent."""
+        self.stopped.set()
+        self.process.join(5)
+        return self.count.value
+
+
+class Receiver:
+    """Remembers SPI, sequence number and IV of each ESP packet that comes out."""
+
+    def __init__(self, namespace):
+        self.socket = raw_socket(namespace, "eth0")
+        self.seen = []
+        self.stopped = False
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+
+    def work(self):
+        """Until stopped and empty."""
+        while True:
+            try:
+                frame = self.socket.recv(2048)
+            except TimeoutError:
+                if self.stopped:
+                    return
+                continue
+            if frame[23] == 50:
+                self.seen.append(frame[ESP : ESP + 16])
+
+    def stop(self):
+        """All that came."""
+        self.stopped = True
+        self.thread.join()
+        return [struct.unpack("!IIQ", s) for s in self.seen]
+
+
+class Road:
+    """host -- gateway -- far, and what is needed to start a gateway in the middle."""
+
+    def __init__(self, world, program, name):
+        self.world, self.program = world, program
+        self.host, self.middle, self.far = (world.namespace(f"{name}-{n}") for n in ("host", "gateway", "far"))
+        for ns in (self.host, self.middle, self.far):
+            sh("sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1", namespace=ns)
+        veth(self.host, "eth0", self.middle, "lan")
+        veth(self.middle, "wan", self.far, "eth0")
+        address(self.middle, "lan", "10.1.0.1/24")
+        address(self.middle, "wan", "192.0.2.1/24")
+        self.to = mac(self.middle, "lan")
+        self.dir = world.dir / name
+        self.dir.mkdir()
+        self.config = CONFIG.format(peer=mac(self.far, "eth0"))
+
+    def gateway(self, log):
+        """A new life."""
+        return Gateway(self.world, self.program, self.middle, self.dir, self.config, log)
+
+
+def duplicates(seen):
+    """(SPI, IV) pairs that occur more than once: with counter-mode ciphers the end of all secrets."""
+    nonces = [(spi, iv) for spi, _, iv in seen]
+    return len(nonces) - len(set(nonces))
+
+
+def reload(world, program):
+    """Changes every SA while packets flow."""
+    road = Road(world, program, "reload")
+    private_file(road.dir / "sa.toml", sa_file(TUNNELS, 0))
+    gateway = road.gateway("reload.log")
+    receiver = Receiver(road.far)
+    busy = [network(n) for n in range(0, TUNNELS, TUNNELS // BUSY)]
+    sender = Sender(road.host, road.to, busy, 8000)
+    wait_for("packets", lambda: len(receiver.seen) > 1000)
+    times = []
+    epoch = gateway.ask("stats")["epoch"]
+    for generation in range(1, RELOADS + 1):
+        new = road.dir / "new.toml"
+        private_file(new, sa_file(TUNNELS, generation))
+        # The gateway watches its files: a rename is all it takes.
+        new.rename(road.dir / "sa.toml")
+
+        def loaded():
+            last = gateway.ask("status")["last_reload"]
+            if not last["ok"]:
+                raise Failed(f"reload {generation} was refused: {last['problems'][:2]}")
+            return last if last["epoch"] > epoch else None
+
+        last = wait_for(f"reload {generation}", loaded, 60)
+        epoch = last["epoch"]
+        if (last["added"], last["removed"], last["kept"]) != (2 * TUNNELS, 2 * TUNNELS, 0):
+            raise Failed(f"reload {generation}: {last}")
+        times.append(last)
+        time.sleep(0.5)
+    sent = sender.stop()
+    time.sleep(1)
+    stats = gateway.ask("stats")
+    seen = receiver.stop()
+    gateway.stop()
+    generations = {(spi - 0x1000_0000) >> 20 for spi, _, _ in seen}
+    if len(seen) != sent or stats["drops"]:
+        raise Failed(f"{sent} packets sent, {len(seen)} came out; drops {stats['drops']}")
+    if generations != set(range(RELOADS + 1)):
+        raise Failed(f"packets of generations {generations} only")
+    if duplicates(seen):
+        raise Failed(f"{duplicates(seen)} nonces were used twice")
+    took = ", ".join(str(t["millis"]) for t in times)
+    return f"{RELOADS} reloads of all {2 * TUNNELS} SAs ({took} ms), {sent} packets meanwhile, none lost"
+
+
+def kill(world, program, seed, forget):
+    """Kills and starts again, while it sends."""
+    rng = random.Random(seed)
+    road = Road(world, program, "kill")
+    private_file(road.dir / "sa.toml", sa_file(4, 0))
+    receiver = Receiver(road.far)
+    sender = Sender(road.host, road.to, [network(n) for n in range(4)], 12000)
+    lives = []
+    for life in range(KILLS + 1):
+        before = len(receiver.seen)
+        gateway = road.gateway("kill.log")
+        wait_for(f"packets of life {life}", lambda: len(receiver.seen) > before)
+        if life == 0 and not forget:
+            # The consent to a new key is for its first use.
+            text = (road.dir / "sa.toml").read_text().replace("first_use = true\n", "")
+            private_file(road.dir / "next.toml", text)
+            (road.dir / "next.toml").rename(road.dir / "sa.toml")
+        time.sleep(rng.uniform(0, 0.4))
+        if life < KILLS:
+            gateway.kill()
+        if forget:
+            (road.dir / "leases").unlink()
+        lives.append(len(receiver.seen) - before)
+    gateway.stop()
+    sender.stop()
+    seen = receiver.stop()
+    if duplicates(seen):
+        raise Failed(f"seed {seed}: {duplicates(seen)} of {len(seen)} nonces were used twice")
+    skipped = max(iv for _, _, iv in seen) - len(seen) // 4
+    return f"{KILLS} times killed, {len(seen)} packets in {len(lives)} lives, no nonce twice, {skipped} numbers skipped for each key"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gateway", type=Path, required=True, help="program to test")
+    parser.add_argument("--keep", type=Path, help="leave configurations and logs in this new directory")
+    parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="of the moments of death")
+    parser.add_argument("--forget", action="store_true", help="control: delete the leases at each death; this must fail")
+    args = parser.parse_args()
+    program = args.gateway.resolve()
+    bad = 0
+    with World("esplanade-live", args.keep) as world:
+        for name, case in (("reload", reload), ("kill", lambda w, p: kill(w, p, args.seed, args.forget))):
+            began = time.monotonic()
+            try:
+                told, verdict = case(world, program), "PASS"
+            except Failed as e:
+                told, verdict = str(e), "FAIL"
+                bad += 1
+            print(f"{verdict}  {name}: {told} ({time.monotonic() - began:.1f} s)", flush=True)
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
