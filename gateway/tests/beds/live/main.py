@@ -8,6 +8,7 @@ import argparse
 import multiprocessing
 import random
 import secrets
+import shutil
 import struct
 import sys
 import threading
@@ -224,7 +225,7 @@ def kill(world, program, seed, forget):
         if life < KILLS:
             gateway.kill()
         if forget:
-            (road.dir / "leases").unlink()
+            shutil.rmtree(road.dir / "leases")
         lives.append(len(receiver.seen) - before)
     gateway.stop()
     sender.stop()
