@@ -2,6 +2,7 @@
 
     reload   all keys of 10 000 SAs are changed, several times, while packets flow through them: none is lost
     kill     SIGKILL at random moments while it sends, and a new start each time: no nonce is seen twice outside
+    seed     a test seed, which makes nonces repeat, is refused
 """
 
 import argparse
@@ -10,6 +11,7 @@ import random
 import secrets
 import shutil
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -236,6 +238,16 @@ def kill(world, program, seed, forget):
     return f"{KILLS} times killed, {len(seen)} packets in {len(lives)} lives, no nonce twice, {skipped} numbers skipped for each key"
 
 
+def seed_refused(world, program):
+    """Repeatable nonces never leave on a live port."""
+    (world.dir / "seed.toml").write_text(CONFIG.format(peer="02:00:00:00:00:01"))
+    command = [program, "run", "--config", world.dir / "seed.toml", "--test-seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    if done.returncode != 3 or "seed" not in done.stderr:
+        raise Failed(f"it ended with {done.returncode}: {done.stderr[-500:]}")
+    return "a test seed is refused with af_xdp ports"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gateway", type=Path, required=True, help="program to test")
@@ -246,7 +258,8 @@ def main():
     program = args.gateway.resolve()
     bad = 0
     with World("esplanade-live", args.keep) as world:
-        for name, case in (("reload", reload), ("kill", lambda w, p: kill(w, p, args.seed, args.forget))):
+        cases = {"seed": seed_refused, "reload": reload, "kill": lambda w, p: kill(w, p, args.seed, args.forget)}
+        for name, case in cases.items():
             began = time.monotonic()
             try:
                 told, verdict = case(world, program), "PASS"
