@@ -36,6 +36,8 @@ const WORKER_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0xb];
 const POOL_CACHE: usize = 64;
 /// Rounds without progress after which a measurement is broken.
 const STUCK: u32 = 10_000_000;
+/// And the least time of it.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// One worker with its generator.
 struct Lane {
@@ -83,7 +85,8 @@ impl Rig {
         let n = scenario.workers;
         let pair_config = PairConfig {
             queues: n,
-            ring: scenario.frames.next_power_of_two(),
+            // A worker sends what it owns, wherever it came in: at worst everything.
+            ring: (scenario.frames * n).next_power_of_two(),
             mtu: 1500,
         };
         let (feed, inlet) = pair("feed", "in", &pair_config);
@@ -256,8 +259,9 @@ impl Rig {
             .filter(|(_, n)| n.value() != 0)
             .map(|(reason, n)| format!("{} {}", n.value(), reason.name()))
             .collect();
+        let account = sa_store::ledger::Balance::of(self.counters.iter().map(|c| &**c));
         bail!(
-            "{sent} of {target} packets came out; dropped: {}",
+            "{sent} of {target} packets came out; dropped: {}; {account:?}",
             reasons.join(", ")
         )
     }
@@ -339,7 +343,8 @@ impl Lane {
             } else {
                 0
             };
-            if idle > STUCK {
+            // Other workers may not have been scheduled yet: stuck is a matter of rounds and of time.
+            if idle > STUCK && clock.delta(start, clock.raw()) > PATIENCE {
                 break;
             }
         }

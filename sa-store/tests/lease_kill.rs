@@ -137,8 +137,13 @@ fn parent() {
         let clean = rng.below(20) == 0;
         let mut child = start(dir.path(), clean);
         let stdout = child.stdout.take().expect("a pipe");
-        let reader = std::thread::spawn(move || drain(stdout));
+        let (began, has_begun) = std::sync::mpsc::channel();
+        let reader = std::thread::spawn(move || drain(stdout, &began));
         if !clean {
+            // Most are killed while they send, however slow the machine; the others at any time, also at birth.
+            if rng.below(4) != 0 {
+                let _ = has_begun.recv_timeout(Duration::from_secs(5));
+            }
             std::thread::sleep(Duration::from_micros(rng.below(6000)));
             child.kill().expect("a kill");
         }
@@ -196,9 +201,16 @@ fn start(dir: &Path, clean: bool) -> Child {
 }
 
 /// Whole records only: a record cut by the kill was never whole on the wire.
-fn drain(mut pipe: impl Read) -> Vec<(usize, u64)> {
-    let mut all = Vec::new();
-    pipe.read_to_end(&mut all).expect("a readable pipe");
+fn drain(mut pipe: impl Read, began: &std::sync::mpsc::Sender<()>) -> Vec<(usize, u64)> {
+    let mut all = vec![0; 1];
+    match pipe.read(&mut all).expect("a readable pipe") {
+        0 => all.clear(),
+        _ => {
+            // The parent no longer listens when it chose not to wait.
+            let _ = began.send(());
+            pipe.read_to_end(&mut all).expect("a readable pipe");
+        }
+    }
     let record = |r: &[u8]| {
         let n = <[u8; 8]>::try_from(&r[1..]).expect("eight bytes");
         (usize::from(r[0]), u64::from_le_bytes(n))
