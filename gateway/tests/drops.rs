@@ -188,7 +188,7 @@ fn after_decryption() {
     };
     let mut bad_padding = inner.clone();
     bad_padding.extend([9; 7]);
-    while (bad_padding.len() + 2) % 4 != 0 {
+    while !(bad_padding.len() + 2).is_multiple_of(4) {
         bad_padding.push(9);
     }
     bad_padding.extend([4, 4]);
@@ -353,7 +353,7 @@ fn fragments() {
     });
     let whole = on_wire(&mut b, 1).remove(0);
     let first = with_byte(whole.clone(), 20, 0x20);
-    b.inject_right(&[first.clone()]);
+    b.inject_right(std::slice::from_ref(&first));
     b.settle();
     expect(&b, false, &[(FragmentOff, 1)]);
 

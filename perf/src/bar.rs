@@ -70,8 +70,8 @@ impl Verdict {
 /// Prints the table: ours, theirs, ratio. Returns how many cells are not ahead.
 pub fn print(verdicts: &[Verdict]) -> usize {
     println!(
-        "{:>7} {:>6} {:>4} {:>8} {:>8} {:>7}  {}",
-        "SAs", "size", "dir", "ours", "peers", "ratio", "verdict"
+        "{:>7} {:>6} {:>4} {:>8} {:>8} {:>7}  verdict",
+        "SAs", "size", "dir", "ours", "peers", "ratio"
     );
     for v in verdicts {
         println!(

@@ -115,6 +115,9 @@ pub struct Bed {
     pub cut: bool,
 }
 
+/// Changes the assembly of a site; true for the left one.
+pub type ConfigChange = Box<dyn Fn(&mut AssemblyConfig, bool)>;
+
 /// What a bed is to look like.
 pub struct Plan {
     pub workers: usize,
@@ -123,7 +126,7 @@ pub struct Plan {
     /// Changes the SAs before they are installed: `l2r` and `r2l`, as outbound SAs.
     pub sa: Box<dyn Fn(&mut SaSpec)>,
     /// Changes each site's assembly; true for the left one.
-    pub config: Box<dyn Fn(&mut AssemblyConfig, bool)>,
+    pub config: ConfigChange,
     /// Where numbering starts.
     pub start: Start,
     pub frames: u32,
