@@ -10,6 +10,8 @@ pub mod clock;
 pub mod limit;
 pub mod machine;
 pub mod measure;
+pub mod peer;
+pub mod policies;
 pub mod report;
 pub mod rig;
 pub mod scenario;

@@ -3,7 +3,10 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use serde::Serialize;
 
 const HUGE_BYTES: usize = 2 << 20;
@@ -46,7 +49,7 @@ impl Machine {
         );
         Self {
             cpu,
-            cpus: std::thread::available_parallelism().map_or(1, usize::from),
+            cpus: allowed().len(),
             pinned: None,
             frame_page: 0,
             heap_huge: heap_is_huge(),
@@ -88,15 +91,28 @@ pub fn with_huge_heap() {
     eprintln!("cannot start anew with a heap of huge pages: {error}");
 }
 
-/// Pins the calling thread; returns the CPU it runs on.
+/// CPUs that the process was started on, whatever its threads are pinned to since.
+fn allowed() -> &'static [usize] {
+    static ALLOWED: OnceLock<Vec<usize>> = OnceLock::new();
+    ALLOWED.get_or_init(|| {
+        let set = sched_getaffinity(Pid::from_raw(0)).unwrap_or_default();
+        (0..CpuSet::count())
+            .filter(|cpu| set.is_set(*cpu).unwrap_or(false))
+            .collect()
+    })
+}
+
+/// Pins the calling thread; returns the CPU it runs on. Without a wish it is the last one: the first serves most
+/// interrupts.
 pub fn pin(cpu: Option<usize>) -> Option<usize> {
-    let allowed = core_affinity::get_core_ids().unwrap_or_default();
     let wanted = match cpu {
-        Some(cpu) => allowed.into_iter().find(|c| c.id == cpu),
-        // The first CPU serves most interrupts.
-        None => allowed.into_iter().max_by_key(|c| c.id),
-    }?;
-    core_affinity::set_for_current(wanted).then_some(wanted.id)
+        Some(cpu) => *allowed().iter().find(|c| **c == cpu)?,
+        None => *allowed().last()?,
+    };
+    let mut set = CpuSet::new();
+    set.set(wanted).ok()?;
+    sched_setaffinity(Pid::from_raw(0), &set).ok()?;
+    Some(wanted)
 }
 
 /// Huge pages reserved for the life of this value, one process at a time.

@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +14,8 @@ use perf::bar::{self, Verdict};
 use perf::clock::Rates;
 use perf::machine::{self, HugePages, Machine};
 use perf::measure::{Bench, Effort};
+use perf::peer::Peer;
+use perf::policies;
 use perf::report::{self, Report};
 use perf::rig;
 use perf::scenario::{Scenario, Spread};
@@ -70,6 +72,30 @@ enum Command {
         /// Crypto providers to measure with, one table each.
         #[arg(long, value_delimiter = ',', default_value = "auto,aws-lc,ring")]
         providers: Vec<Choice>,
+    },
+    /// Measures one policy against many at the same flows, at rest and while policies change.
+    Policies {
+        /// How many are many.
+        #[arg(long, default_value_t = 100_000)]
+        policies: u32,
+        /// Flows.
+        #[arg(long, default_value_t = 10_000)]
+        flows: u32,
+    },
+    /// Runs DPDK's ipsec-secgw beside the gateway and compares. Needs root, make, libdpdk-dev and dpdk-doc.
+    Peer {
+        /// DPDK's example sources.
+        #[arg(long, default_value = "/usr/share/dpdk/examples")]
+        examples: PathBuf,
+        /// Where to build and to keep captures.
+        #[arg(long, default_value = "target/peer")]
+        work: PathBuf,
+        /// Numbers of SAs.
+        #[arg(long, value_delimiter = ',', default_value = "1,1000,10000")]
+        sas: Vec<u32>,
+        /// Sizes.
+        #[arg(long, value_delimiter = ',', default_value = "64,512,1420,imix")]
+        sizes: Vec<Mix>,
     },
 }
 
@@ -138,13 +164,24 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<bool> {
     let workers = match &cli.command {
         Command::Run(args) => args.workers.iter().copied().max().unwrap_or(1),
-        Command::Bar { .. } => 1,
+        Command::Bar { .. } | Command::Policies { .. } | Command::Peer { .. } => 1,
     };
-    let mut ground = Ground::prepare(&cli.common, workers)?;
+    let others = match cli.command {
+        Command::Peer { .. } => perf::peer::MEMORY,
+        _ => 0,
+    };
+    let mut ground = Ground::prepare(&cli.common, workers, others)?;
     report::print_machine(&ground.report.machine, &ground.report.rates);
     let done = match &cli.command {
         Command::Run(args) => ground.run(args),
         Command::Bar { providers } => ground.bar(providers),
+        Command::Policies { policies, flows } => ground.policies(*policies, *flows),
+        Command::Peer {
+            examples,
+            work,
+            sas,
+            sizes,
+        } => ground.peer(examples, work, sas, sizes),
     }?;
     if let Some(path) = &cli.common.json {
         ground.report.write_json(path)?;
@@ -166,11 +203,12 @@ struct Ground {
 }
 
 impl Ground {
-    fn prepare(common: &Common, workers: usize) -> Result<Self> {
+    /// `others`: bytes of huge pages for other programs.
+    fn prepare(common: &Common, workers: usize, others: usize) -> Result<Self> {
         let mut machine = Machine::detect();
         machine.pinned = machine::pin(common.cpu);
         let huge = (!common.small_pages)
-            .then(|| HugePages::reserve(rig::arena_bytes(workers, common.frames)));
+            .then(|| HugePages::reserve(rig::arena_bytes(workers, common.frames) + others));
         let huge = match huge {
             Some(Err(error)) => {
                 eprintln!("no huge pages reserved for frames: {error}");
@@ -288,6 +326,78 @@ impl Ground {
                 / 1024
         );
         Ok(best_behind == Some(0))
+    }
+
+    fn policies(&mut self, many: u32, flows: u32) -> Result<bool> {
+        let selection = Selection::new(Choice::Auto, Compare::Measure)?;
+        let bench = self.bench(&selection);
+        println!("{flows} flows, 1 SA, 64 B; ns per packet, share of the speed with one policy");
+        let mut reached = true;
+        for direction in [Direction::Out, Direction::In] {
+            let scenario = |policies| -> Result<Scenario> {
+                Ok(Scenario {
+                    suite: "aes-128-gcm-16".parse()?,
+                    direction,
+                    sas: 1,
+                    flows,
+                    policies,
+                    workers: 1,
+                    spread: Spread::Owner,
+                    mix: "64".parse()?,
+                    frames: self.frames,
+                })
+            };
+            let one = policies::at_rest(&bench, &scenario(1)?)?;
+            let rest = policies::at_rest(&bench, &scenario(many)?)?;
+            let changing = policies::while_changing(&bench, &scenario(many)?)?;
+            println!("{direction:?}: 1 policy {:.1}", one.ns);
+            for (what, cost) in [("at rest", rest), ("while they change", changing)] {
+                let share = one.ns / cost.ns;
+                reached &= share >= 0.9;
+                println!(
+                    "{direction:?}: {many} policies {what} {:.1}, {share:.2} ({} updates)",
+                    cost.ns, cost.updates
+                );
+            }
+        }
+        Ok(reached)
+    }
+
+    fn peer(&mut self, examples: &Path, work: &Path, sas: &[u32], sizes: &[Mix]) -> Result<bool> {
+        let selection = Selection::new(Choice::Auto, Compare::Measure)?;
+        let cpu = self.report.machine.pinned.unwrap_or(0);
+        let peer = Peer::build(examples, work, cpu)?;
+        println!("outbound, millions of packets per second of CPU time");
+        println!(
+            "{:>7} {:>6} {:>9} {:>12} {:>7}",
+            "SAs", "size", "esplanade", "ipsec-secgw", "ratio"
+        );
+        let mut ahead = true;
+        for &sas in sas {
+            for mix in sizes {
+                let scenario = Scenario {
+                    suite: "aes-128-gcm-16".parse()?,
+                    direction: Direction::Out,
+                    sas,
+                    flows: sas,
+                    policies: sas,
+                    workers: 1,
+                    spread: Spread::Owner,
+                    mix: mix.clone(),
+                    frames: self.frames,
+                };
+                let theirs = peer.measure(&scenario, Duration::from_secs(4))?;
+                let ours = self.bench(&selection).measure(&scenario)?;
+                let ratio = ours.mpps / theirs;
+                ahead &= ratio > 1.0;
+                println!(
+                    "{sas:>7} {mix:>6} {:>9.2} {theirs:>12.2} {ratio:>6.2}x",
+                    ours.mpps
+                );
+                self.report.outcomes.push(ours);
+            }
+        }
+        Ok(ahead)
     }
 }
 

@@ -107,6 +107,15 @@ impl ReplayWindow {
         self.position(seq)
     }
 
+    /// Asks the CPU to fetch the word that [`check`](Self::check) of this low half will read.
+    #[inline(always)]
+    pub fn prefetch(&self, seq_lo: u32) {
+        // High halves do not matter: the ring is shorter than 2^32 numbers.
+        if self.size != 0 {
+            crate::prefetch::read(self.word(u64::from(seq_lo) / 64));
+        }
+    }
+
     /// Test-and-set of an authenticated number: the second of two copies in one burst is refused here.
     #[inline]
     pub fn commit(&self, seq: u64) -> Replay {

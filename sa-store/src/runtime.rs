@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use crate::cipher::SaCipher;
 use crate::counters::Counter;
 use crate::drops::DropReason;
+use crate::fib::HopIdx;
 use crate::plan::{InPlan, OutPlan};
 use crate::replay::ReplayWindow;
 use crate::sa::{Direction, SaId, SaSpec, UdpEncap, Vrf};
@@ -95,9 +96,17 @@ pub struct Fixed {
     pub inb: Option<InPlan>,
     /// Expanded keys.
     pub cipher: Box<dyn SaCipher>,
+    /// The cipher's lane.
+    pub lane: u16,
+    /// Belongs to a route-based tunnel.
+    pub route_based: bool,
     /// Inner traffic it may carry; `None`: whatever the policies say.
-    pub selectors: Option<SelectorSet>,
+    pub selectors: Option<Box<SelectorSet>>,
 }
+
+// What a packet touches: four lines each, which is what is prefetched.
+const _: () = assert!(size_of::<Fixed>() <= 256);
+const _: () = assert!(size_of::<Live>() <= 256);
 
 /// Limits as absolute values, `u64::MAX` for none.
 #[derive(Debug)]
@@ -140,6 +149,8 @@ pub struct Live {
     lease_low: AtomicU64,
     events: AtomicU32,
     disabled: AtomicBool,
+    /// Hop of the outer packets and the route table that gave it; see [`SaEntry::hop`].
+    hop: AtomicU64,
     thresholds: Thresholds,
     /// Nanoseconds (gateway clock) of the last packet carried.
     pub last_used: Counter,
@@ -253,8 +264,11 @@ impl SaEntry {
             dst: mapped(spec.dst),
             out,
             inb,
+            lane: cipher.lane(),
+            route_based: spec.if_id.0 != 0,
             cipher,
-            selectors: (!spec.selectors.is_empty()).then(|| SelectorSet::new(&spec.selectors)),
+            selectors: (!spec.selectors.is_empty())
+                .then(|| Box::new(SelectorSet::new(&spec.selectors))),
         };
         let live = Live {
             next_seq: AtomicU64::new(start.next_seq.max(1)),
@@ -262,6 +276,7 @@ impl SaEntry {
             lease_low: AtomicU64::new(start.next_seq.midpoint(start.lease_end)),
             events: AtomicU32::new(0),
             disabled: AtomicBool::new(false),
+            hop: AtomicU64::new(u64::MAX),
             thresholds,
             last_used: Counter::default(),
             counters: SaCounters::default(),
@@ -386,17 +401,27 @@ impl SaEntry {
         self.live.disabled.load(Ordering::Relaxed)
     }
 
-    /// Asks the CPU to fetch what look-ups and encapsulation read.
+    /// Asks the CPU to fetch what look-ups, encapsulation, numbering and the window check touch.
     #[inline(always)]
-    pub fn prefetch_fixed(&self) {
+    pub fn prefetch(&self) {
         crate::prefetch::read_lines(&self.fixed, 4);
+        crate::prefetch::read_lines(&self.live, 4);
     }
 
-    /// Asks the CPU to fetch what numbering or the window check will touch.
+    /// Where the outer packets go, as remembered from the route table of this generation.
     #[inline(always)]
-    pub fn prefetch_live(&self) {
-        crate::prefetch::read(&self.live);
-        crate::prefetch::read(&self.live.counters);
+    pub fn hop(&self, generation: u32) -> Option<HopIdx> {
+        let hop = self.live.hop.load(Ordering::Relaxed);
+        let [a, b, c, d, e, f, g, h] = hop.to_le_bytes();
+        (u32::from_le_bytes([e, f, g, h]) == generation && hop != u64::MAX)
+            .then(|| HopIdx(u32::from_le_bytes([a, b, c, d])))
+    }
+
+    /// Remembers where the outer packets go. Owner only.
+    #[inline]
+    pub fn remember_hop(&self, generation: u32, hop: HopIdx) {
+        let value = u64::from(generation) << 32 | u64::from(hop.0);
+        self.live.hop.store(value, Ordering::Relaxed);
     }
 
     #[cold]

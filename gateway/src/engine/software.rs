@@ -83,7 +83,7 @@ fn cipher_run(view: &Snapshot, kind: JobKind, jobs: &mut [EspJob]) {
                 continue;
             };
             let ctx = &*entry.fixed.cipher;
-            if *lane.get_or_insert_with(|| ctx.lane()) != ctx.lane() {
+            if *lane.get_or_insert(entry.fixed.lane) != entry.fixed.lane {
                 continue;
             }
             let (from, to) = (usize::from(job.esp_off), usize::from(job.esp_end));

@@ -15,26 +15,17 @@ use pmd::{BURST, Frame, Pool};
 use sa_store::drops::{Consumed, DropReason};
 use sa_store::flow::{FlowKey, L4};
 use sa_store::ledger::WorkerCounters;
-use sa_store::runtime::TunnelIdx;
 use sa_store::sa::Vrf;
 use sa_store::snapshot::Snapshot;
 
 use super::egress::Ports;
 use super::handover::{Handed, Handover, Task};
 use super::inbound::Inbound;
+use super::lane::Info;
 use super::outbound::Outbound;
 use super::setup::{PipelineConfig, PolicyHits, Side};
 use crate::esp::iv::CbcIvGen;
 use crate::wire::{self, Family, Frag, Kind, NattPorts, Parsed};
-
-/// A packet between stages: its frame starts at the IP header.
-#[derive(Debug)]
-pub(super) struct Pkt {
-    pub(super) frame: Frame,
-    pub(super) p: Parsed,
-    /// Port on which it came.
-    pub(super) port: u16,
-}
 
 /// Everything that stages share; each stage's own tables live in its module.
 pub(super) struct Shared {
@@ -88,6 +79,7 @@ pub(super) struct Core {
     pub(super) inbound: Inbound,
     pub(super) outbound: Outbound,
     rx: Vec<Frame>,
+    parsed: Vec<Result<Parsed, DropReason>>,
     receiving: bool,
 }
 
@@ -100,6 +92,7 @@ impl Core {
             inbound,
             outbound,
             rx: Vec::with_capacity(BURST),
+            parsed: Vec::with_capacity(BURST),
             receiving: true,
         }
     }
@@ -181,27 +174,30 @@ impl Core {
             inbound,
             outbound,
             rx,
+            parsed,
             ..
         } = self;
-        for frame in rx.iter().take(4) {
+        for frame in rx.iter() {
             frame.prefetch();
         }
-        let mut ahead = 4;
-        // Front to back without shifting: order within a flow is kept.
-        let frames: &mut Vec<Frame> = rx;
-        let total = frames.len();
-        let mut drain = frames.drain(..);
-        for _ in 0..total {
-            if let Some(next) = drain.as_slice().get(ahead) {
-                next.prefetch();
-            } else {
-                ahead = usize::MAX;
+        // Two passes: handles are cut to the IP packet where they lie and moved later, for a handle is read whole
+        // and its parts are written apart.
+        parsed.clear();
+        for frame in rx.iter_mut() {
+            parsed.push(wire::parse(frame.data(), shared.natt));
+            if let Some(Ok(p)) = parsed.last() {
+                cut(frame, p);
             }
-            let Some(mut frame) = drain.next() else { break };
-            let p = match wire::parse(frame.data(), shared.natt) {
-                Ok(p) => p,
+        }
+        for (frame, parsed) in rx.drain(..).zip(parsed.iter()) {
+            let p = match parsed {
+                Ok(p) if p.kind != Kind::NotIp => p,
+                Ok(_) => {
+                    shared.drop(frame, DropReason::NotForUs);
+                    continue;
+                }
                 Err(reason) => {
-                    shared.drop(frame, reason);
+                    shared.drop(frame, *reason);
                     continue;
                 }
             };
@@ -210,20 +206,12 @@ impl Core {
                 continue;
             };
             let side = shared.ports.side_of(port);
-            if !frame.trim_front(usize::from(p.l2_len)) || matches!(p.kind, Kind::NotIp) {
-                shared.drop(frame, DropReason::NotForUs);
-                continue;
-            }
-            let padding = frame.len().saturating_sub(usize::from(p.l3_len));
-            if padding != 0 {
-                frame.trim_back(padding);
-            }
-            let pkt = Pkt { frame, p, port };
-            match (p.kind, side) {
-                (Kind::Esp | Kind::UdpEsp, _) => inbound.esp.push(pkt),
-                (Kind::Ip, Side::Inside) if p.frag == Frag::No => outbound.clear.push(pkt),
-                _ => inbound.other.push(pkt),
-            }
+            let lane = match (p.kind, side) {
+                (Kind::Esp | Kind::UdpEsp, _) => &mut inbound.esp,
+                (Kind::Ip, Side::Inside) if p.frag == Frag::No => &mut outbound.clear,
+                _ => &mut inbound.other,
+            };
+            lane.push(frame, Info { p: *p, port });
         }
     }
 
@@ -244,8 +232,10 @@ impl Core {
         let got = handover.receive(BURST, |h: Handed| {
             let Handed { frame, port, task } = h;
             match task {
-                Task::Protect(p, tunnel) => outbound.protect.push((Pkt { frame, p, port }, tunnel)),
-                Task::Open(p) => inbound.esp.push(Pkt { frame, p, port }),
+                Task::Protect(p, tunnel) => {
+                    outbound.protect.push(frame, (Info { p, port }, tunnel))
+                }
+                Task::Open(p) => inbound.esp.push(frame, Info { p, port }),
                 Task::Send(egress) => {
                     if let Err((frame, reason)) = ports.queue(egress, frame) {
                         counters.drop_frames(reason, 1);
@@ -274,6 +264,16 @@ impl Core {
         if sent != 0 {
             counters.handed_out.add(sent as u64);
         }
+    }
+}
+
+/// Cuts a frame to its IP packet, which lies within it.
+#[inline(always)]
+fn cut(frame: &mut Frame, p: &Parsed) {
+    frame.trim_front(usize::from(p.l2_len));
+    let padding = frame.len().saturating_sub(usize::from(p.l3_len));
+    if padding != 0 {
+        frame.trim_back(padding);
     }
 }
 
@@ -313,6 +313,3 @@ pub(super) fn flow_key(p: &Parsed, vrf: Vrf) -> FlowKey {
     };
     key.with_vrf(vrf)
 }
-
-/// A tunnel that a packet is to be protected in.
-pub(super) type Protect = (Pkt, TunnelIdx);

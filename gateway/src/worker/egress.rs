@@ -6,7 +6,7 @@ use pmd::{BURST, Frame, Pool, PortQueue};
 use sa_store::drops::DropReason;
 use sa_store::fib::{Fib, Hop, HopIdx, RouteCache};
 use sa_store::ledger::WorkerCounters;
-use sa_store::runtime::TunnelIdx;
+use sa_store::runtime::{SaEntry, TunnelIdx};
 use sa_store::sa::Vrf;
 
 use super::handover::{Handed, Handover, Task};
@@ -47,30 +47,39 @@ pub(super) enum Egress {
     None,
 }
 
-/// A port and the link address there.
+/// A port and the link address there, in one word: what is written in pieces cannot be read at once soon after.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct PortHop {
-    port: u16,
-    mac: [u8; 6],
-}
+pub(super) struct PortHop(u64);
 
 impl PortHop {
+    #[inline(always)]
+    fn new(port: u16, [a, b, c, d, e, f]: [u8; 6]) -> Self {
+        let [p, q] = port.to_be_bytes();
+        Self(u64::from_be_bytes([p, q, a, b, c, d, e, f]))
+    }
+
     /// As a job's tag.
     #[inline(always)]
     pub(super) fn to_tag(self) -> u64 {
-        let [a, b, c, d, e, f] = self.mac;
-        let [p, q] = self.port.to_be_bytes();
-        u64::from_be_bytes([p, q, a, b, c, d, e, f])
+        self.0
     }
 
     /// Back from a tag.
     #[inline(always)]
     pub(super) fn from_tag(tag: u64) -> Self {
-        let [p, q, a, b, c, d, e, f] = tag.to_be_bytes();
-        Self {
-            port: u16::from_be_bytes([p, q]),
-            mac: [a, b, c, d, e, f],
-        }
+        Self(tag)
+    }
+
+    #[inline(always)]
+    fn port(self) -> u16 {
+        let [p, q, ..] = self.0.to_be_bytes();
+        u16::from_be_bytes([p, q])
+    }
+
+    #[inline(always)]
+    fn mac(self) -> [u8; 6] {
+        let [_, _, a, b, c, d, e, f] = self.0.to_be_bytes();
+        [a, b, c, d, e, f]
     }
 }
 
@@ -156,25 +165,36 @@ impl Ports {
     /// Where a packet to `dst` (IPv4 as IPv4-mapped) goes.
     #[inline]
     pub(super) fn route(&mut self, fib: &Fib, vrf: Vrf, dst: u128, hash: u32) -> Egress {
-        match self.routes.lookup(fib, vrf, dst, hash) {
-            Hop::Neighbour(hop) => resolve(fib, hop),
-            Hop::Tunnel(t) => Egress::Tunnel(t),
-            Hop::Local => Egress::Local,
-            Hop::Unresolved { .. } => Egress::Unresolved,
-            Hop::None => Egress::None,
+        egress(fib, self.routes.lookup(fib, vrf, dst, hash))
+    }
+
+    /// Where the outer packets of an SA go. The SA remembers it, so that thousands of peers cost no look-up.
+    #[inline]
+    pub(super) fn route_outer(&self, fib: &Fib, entry: &SaEntry) -> Egress {
+        let generation = fib.generation();
+        if let Some(hop) = entry.hop(generation) {
+            return resolve(fib, hop);
+        }
+        let fixed = &entry.fixed;
+        match fib.lookup(fixed.vrf, fixed.dst, fixed.spi) {
+            Hop::Neighbour(hop) => {
+                entry.remember_hop(generation, hop);
+                resolve(fib, hop)
+            }
+            other => egress(fib, other),
         }
     }
 
     /// Side of the port that a hop leaves by.
     #[inline]
     pub(super) fn side(&self, hop: PortHop) -> Side {
-        self.side_of(hop.port)
+        self.side_of(hop.port())
     }
 
     /// Largest IP packet that the port takes.
     #[inline]
     pub(super) fn mtu(&self, hop: PortHop) -> u16 {
-        self.list.get(usize::from(hop.port)).map_or(0, |p| p.mtu)
+        self.list.get(usize::from(hop.port())).map_or(0, |p| p.mtu)
     }
 
     /// Puts the link header in front of an IP packet and queues the frame; hands it over when another worker
@@ -189,41 +209,39 @@ impl Ports {
         hop: PortHop,
         handover: &mut Handover,
     ) -> Result<(), (Frame, DropReason)> {
-        let Some(port) = self.list.get_mut(usize::from(hop.port)) else {
+        let Some(port) = self.list.get(usize::from(hop.port())) else {
             return Err((frame, DropReason::NoRoute));
         };
-        let v6 = frame.data().first().is_some_and(|b| b >> 4 == 6);
-        let ethertype: [u8; 2] = if v6 { [0x86, 0xdd] } else { [0x08, 0x00] };
-        let room = match port.vlan {
-            None => frame.prepend(ETHERNET),
-            Some(_) => frame.prepend(ETHERNET + VLAN_TAG),
-        };
-        let Some(header) = room else {
-            return Err((frame, DropReason::NoRoom));
-        };
-        header[..6].copy_from_slice(&hop.mac);
-        header[6..12].copy_from_slice(&port.source);
-        match port.vlan {
-            None => header[12..14].copy_from_slice(&ethertype),
-            Some(vlan) => {
-                header[12..14].copy_from_slice(&[0x81, 0x00]);
-                header[14..16].copy_from_slice(&vlan.to_be_bytes());
-                header[16..18].copy_from_slice(&ethertype);
+        let (carrier, via) = (port.carrier, port.via);
+        let (source, vlan) = (port.source, port.vlan);
+        match self.list.get_mut(usize::from(carrier)) {
+            Some(c) if !c.queues.is_empty() => {
+                // Moved before it is written to: the handle is read whole, and its parts were written apart.
+                c.tx.push(frame);
+                let written =
+                    c.tx.last_mut()
+                        .is_some_and(|frame| write_link(frame, hop, source, vlan));
+                match written {
+                    true => Ok(()),
+                    false => c.tx.pop().map_or(Ok(()), |f| Err((f, DropReason::NoRoom))),
+                }
+            }
+            _ => {
+                if !write_link(&mut frame, hop, source, vlan) {
+                    return Err((frame, DropReason::NoRoom));
+                }
+                let task = Task::Send(carrier);
+                handover.stage(
+                    via,
+                    Handed {
+                        frame,
+                        port: carrier,
+                        task,
+                    },
+                );
+                Ok(())
             }
         }
-        let (carrier, via) = (port.carrier, port.via);
-        match self.list.get_mut(usize::from(carrier)) {
-            Some(c) if !c.queues.is_empty() => c.tx.push(frame),
-            _ => handover.stage(
-                via,
-                Handed {
-                    frame,
-                    port: carrier,
-                    task: Task::Send(carrier),
-                },
-            ),
-        }
-        Ok(())
     }
 
     /// Queues a complete Ethernet frame that another worker built.
@@ -322,9 +340,42 @@ impl Ports {
 }
 
 #[inline(always)]
+fn egress(fib: &Fib, hop: Hop) -> Egress {
+    match hop {
+        Hop::Neighbour(hop) => resolve(fib, hop),
+        Hop::Tunnel(t) => Egress::Tunnel(t),
+        Hop::Local => Egress::Local,
+        Hop::Unresolved { .. } => Egress::Unresolved,
+        Hop::None => Egress::None,
+    }
+}
+
+#[inline(always)]
 fn resolve(fib: &Fib, hop: HopIdx) -> Egress {
     match (fib.port(hop), fib.mac(hop)) {
-        (Some(port), Some(mac)) => Egress::Port(PortHop { port, mac }),
+        (Some(port), Some(mac)) => Egress::Port(PortHop::new(port, mac)),
         _ => Egress::Unresolved,
     }
+}
+
+/// Puts the link header in front of an IP packet; false when there is no room.
+#[inline(always)]
+fn write_link(frame: &mut Frame, hop: PortHop, source: [u8; 6], vlan: Option<u16>) -> bool {
+    let v6 = frame.data().first().is_some_and(|b| b >> 4 == 6);
+    let ethertype: [u8; 2] = if v6 { [0x86, 0xdd] } else { [0x08, 0x00] };
+    let len = ETHERNET + if vlan.is_some() { VLAN_TAG } else { 0 };
+    let Some(header) = frame.prepend(len) else {
+        return false;
+    };
+    header[..6].copy_from_slice(&hop.mac());
+    header[6..12].copy_from_slice(&source);
+    match vlan {
+        None => header[12..14].copy_from_slice(&ethertype),
+        Some(vlan) => {
+            header[12..14].copy_from_slice(&[0x81, 0x00]);
+            header[14..16].copy_from_slice(&vlan.to_be_bytes());
+            header[16..18].copy_from_slice(&ethertype);
+        }
+    }
+    true
 }

@@ -1,31 +1,42 @@
 //! From the unprotected side: ESP to its SA, opened, checked against policy; clear text checked against policy.
 
+use arrayvec::ArrayVec;
 use pmd::engine::{EspJob, JobKind, JobStatus};
 use pmd::{BURST, Frame};
 use sa_store::drops::{Consumed, DropReason};
 use sa_store::flow::{FlowCache, FlowKey};
 use sa_store::replay::Replay;
-use sa_store::runtime::SaEntry;
+use sa_store::runtime::{SaEntry, TunnelIdx};
+use sa_store::sa::SaId;
 use sa_store::snapshot::Snapshot;
 use sa_store::spd::{InboundVerdict, Verdict};
 
-use super::core::{Pkt, Shared, dst_of, flow_key};
+use super::core::{Shared, dst_of, flow_key};
 use super::handover::{Handed, Task};
-use super::outbound::Outbound;
+use super::lane::{Info, Lane};
+use super::outbound::{AHEAD, Outbound};
 use super::setup::{PipelineConfig, PolicyHits, Side};
 use crate::esp::decap::{self, DecapPre, Decapped};
 use crate::esp::reassembly::{Fate, Reassembler};
 use crate::wire::{self, Frag, Kind, Parsed, proto};
 
+/// Packets whose SAs are found before the first is used.
+const LOOK_AHEAD: usize = 4 * BURST;
+
 /// The inbound half of a worker.
 pub(super) struct Inbound {
     /// ESP packets.
-    pub(super) esp: Vec<Pkt>,
+    pub(super) esp: Lane<Info>,
     /// What is neither ESP nor ordinary traffic from inside.
-    pub(super) other: Vec<Pkt>,
+    pub(super) other: Lane<Info>,
     jobs: Vec<EspJob>,
     done: Vec<EspJob>,
     flows: FlowCache<Verdict>,
+    keys: Vec<FlowKey>,
+    verdicts: Vec<Verdict>,
+    judged: Vec<Judged>,
+    /// Of the packets that are [`Judged::Opened`], in order.
+    opened: Vec<Info>,
     waiting: JobTable,
     reassembly: Option<Reassembler>,
     ended: Vec<(Frame, Fate)>,
@@ -34,11 +45,15 @@ pub(super) struct Inbound {
 impl Inbound {
     pub(super) fn new(config: &PipelineConfig) -> Self {
         Self {
-            esp: Vec::with_capacity(4 * BURST),
-            other: Vec::with_capacity(4 * BURST),
+            esp: Lane::with_capacity(4 * BURST),
+            other: Lane::with_capacity(4 * BURST),
             jobs: Vec::with_capacity(4 * BURST),
             done: Vec::with_capacity(4 * BURST),
             flows: FlowCache::new(config.flow_entries),
+            keys: Vec::with_capacity(4 * BURST),
+            verdicts: Vec::with_capacity(4 * BURST),
+            judged: Vec::with_capacity(4 * BURST),
+            opened: Vec::with_capacity(4 * BURST),
             waiting: JobTable::default(),
             reassembly: config.reassembly.map(Reassembler::new),
             ended: Vec::new(),
@@ -89,58 +104,68 @@ impl Inbound {
 
     /// Finds each packet's SA, checks what can be checked before crypto is spent, builds jobs.
     fn look_up(&mut self, shared: &mut Shared, snapshot: &Snapshot, out: &mut Outbound) {
-        // Three passes, so that the misses of a burst overlap: SA record, run-time state and keys, use.
-        for entry in self
-            .esp
-            .iter()
-            .filter_map(|pkt| snapshot.sad.hint(spi(pkt)))
-        {
-            entry.prefetch_fixed();
+        // Fetched a little ahead, so that misses overlap and the first-level cache holds what was fetched.
+        let mut packets = self.esp.take();
+        let mut found = ArrayVec::<Option<&SaEntry>, LOOK_AHEAD>::new();
+        for info in packets.infos().iter().take(LOOK_AHEAD) {
+            found.push(snapshot.sad.hint(spi(&info.p)).map(|e| &**e));
         }
-        for entry in self
-            .esp
-            .iter()
-            .filter_map(|pkt| snapshot.sad.hint(spi(pkt)))
-        {
-            entry.prefetch_live();
-            entry.fixed.cipher.prefetch();
+        for entry in found.iter().take(AHEAD).flatten() {
+            entry.prefetch();
         }
-        let mut packets = std::mem::take(&mut self.esp);
-        for pkt in packets.drain(..) {
-            let vrf = shared.vrf(pkt.port);
-            let Some(entry) = snapshot.sad.find(spi(&pkt), dst_of(&pkt.p), vrf) else {
-                if shared.is_local(&pkt.p, vrf) {
-                    shared.drop(pkt.frame, DropReason::SaNotFound);
+        let seqs: ArrayVec<u32, LOOK_AHEAD> = packets
+            .infos()
+            .iter()
+            .take(LOOK_AHEAD)
+            .map(|info| info.p.esp().map_or(0, |(_, seq)| seq))
+            .collect();
+        for (i, (frame, info)) in packets.drain().enumerate() {
+            let (vrf, dst) = (shared.vrf(info.port), dst_of(&info.p));
+            if let Some(Some(entry)) = found.get(i + AHEAD) {
+                entry.prefetch();
+            }
+            let window = i + AHEAD / 2;
+            if let (Some(Some(entry)), Some(seq)) = (found.get(window), seqs.get(window)) {
+                entry.live.window.prefetch(*seq);
+            }
+            let hint = found.get(i).copied().flatten();
+            let entry = hint
+                .filter(|e| e.fixed.dst == dst && e.fixed.vrf == vrf)
+                .or_else(|| snapshot.sad.find(spi(&info.p), dst, vrf).map(|e| &**e));
+            let Some(entry) = entry else {
+                if shared.is_local(&info.p, vrf) {
+                    shared.drop(frame, DropReason::SaNotFound);
                 } else {
-                    self.clear_text(shared, snapshot, out, pkt);
+                    self.clear_text(shared, snapshot, out, frame, info);
                 }
                 continue;
             };
             let owner = usize::from(entry.fixed.owner);
             if owner != shared.id {
-                let Pkt { frame, p, port } = pkt;
                 shared.handover.stage(
                     owner,
                     Handed {
                         frame,
-                        port,
-                        task: Task::Open(p),
+                        port: info.port,
+                        task: Task::Open(info.p),
                     },
                 );
                 continue;
             }
-            match admit(entry, &pkt, shared.now) {
+            match admit(entry, &info.p, shared.now) {
                 Ok((pre, seq)) => {
+                    entry.fixed.cipher.prefetch();
                     let tag = self.waiting.put(Outer {
-                        p: pkt.p,
+                        p: info.p,
                         pre,
-                        port: pkt.port,
+                        port: info.port,
                     });
-                    self.jobs.push(job(entry, pkt, pre, seq, tag));
+                    self.jobs.push(job(entry, frame, &info.p, pre, seq, tag));
                 }
-                Err(reason) => shared.drop(pkt.frame, reason),
+                Err(reason) => shared.drop(frame, reason),
             }
         }
+        packets.clear();
         self.esp = packets;
     }
 
@@ -154,77 +179,98 @@ impl Inbound {
     /// Judges what came back: ICV, window, structure, limits, policy, in this order.
     fn finish(&mut self, shared: &mut Shared, snapshot: &Snapshot, out: &mut Outbound) {
         let mut done = std::mem::take(&mut self.done);
-        for mut job in done.drain(..) {
-            let Some(outer) = self.waiting.take(job.tag) else {
-                shared.drop(job.frame, DropReason::EngineError);
-                continue;
-            };
-            let Some(entry) = snapshot.sa(job.sa) else {
-                shared.drop(job.frame, DropReason::SaDisabled);
-                continue;
-            };
-            let opened = match judge(entry, &mut job, &outer, shared) {
-                Ok(opened) => opened,
-                Err(reason) => {
-                    shared.drop(job.frame, reason);
+        self.keys.clear();
+        self.judged.clear();
+        self.opened.clear();
+        for job in &mut done {
+            let judged = self.judge(shared, snapshot, job);
+            self.judged.push(judged);
+        }
+        self.ask_policy(shared, snapshot);
+        let mut verdicts = self.verdicts.iter();
+        let mut opened = self.opened.iter();
+        for (job, judged) in done.drain(..).zip(&self.judged) {
+            let via = match judged {
+                Judged::Opened { via } => *via,
+                Judged::Consumed(kind) => {
+                    shared.consume(job.frame, *kind);
+                    continue;
+                }
+                Judged::Dropped(reason) => {
+                    shared.drop(job.frame, *reason);
                     continue;
                 }
             };
-            let p = match opened {
-                Decapped::Packet(p) => p,
-                Decapped::Consumed(kind) => {
-                    shared.consume(job.frame, kind);
-                    continue;
-                }
-            };
-            if let Err(reason) =
-                self.check_policy(shared, snapshot, entry, &flow_key(&p, entry.fixed.vrf))
+            let info = opened.next();
+            if via.is_some()
+                && let Some(verdict) = verdicts.next()
+                && let Err(reason) = accept(shared, verdict.inbound(via))
             {
-                entry.live.counters.selector.add(1);
+                refuse_selector(snapshot, job.sa);
                 shared.drop(job.frame, reason);
                 continue;
             }
+            let Some(info) = info else {
+                shared.drop(job.frame, DropReason::EngineError);
+                continue;
+            };
             shared.counters.decrypted.add(1);
-            out.forward.push(Pkt {
-                frame: job.frame,
-                p,
-                port: outer.port,
-            });
+            out.forward.push(job.frame, *info);
         }
         self.done = done;
     }
 
-    /// Whether what an SA decrypted may have come through it, RFC 4301 section 5.2 step 4.
+    /// ICV, window, structure, limits and the SA's own selectors. Notes the key of a packet that policies must
+    /// allow, RFC 4301 section 5.2 step 4.
     #[inline]
-    fn check_policy(
-        &mut self,
-        shared: &Shared,
-        snapshot: &Snapshot,
-        entry: &SaEntry,
-        key: &FlowKey,
-    ) -> Result<(), DropReason> {
+    fn judge(&mut self, shared: &Shared, snapshot: &Snapshot, job: &mut EspJob) -> Judged {
+        let Some(outer) = self.waiting.take(job.tag) else {
+            return Judged::Dropped(DropReason::EngineError);
+        };
+        let Some(entry) = snapshot.sa(job.sa) else {
+            return Judged::Dropped(DropReason::SaDisabled);
+        };
+        let port = outer.port;
+        let p = match open(entry, job, &outer, shared) {
+            Ok(Decapped::Packet(p)) => p,
+            Ok(Decapped::Consumed(kind)) => return Judged::Consumed(kind),
+            Err(reason) => return Judged::Dropped(reason),
+        };
+        let key = flow_key(&p, entry.fixed.vrf);
+        let mut via = None;
         if let Some(selectors) = &entry.fixed.selectors {
-            return if selectors.matches(key) {
-                Ok(())
-            } else {
-                Err(DropReason::SelectorMismatch)
-            };
-        }
-        if entry.spec.if_id.0 != 0 {
+            if !selectors.matches(&key) {
+                entry.live.counters.selector.add(1);
+                return Judged::Dropped(DropReason::SelectorMismatch);
+            }
+        } else if !entry.fixed.route_based {
             // A route-based tunnel without selectors carries whatever is routed into it.
-            return Ok(());
+            self.keys.push(key);
+            via = Some(entry.fixed.tunnel);
         }
-        let verdict = self.verdict(shared, snapshot, key);
-        match verdict.inbound(Some(entry.fixed.tunnel)) {
-            InboundVerdict::Accept { policy } => {
-                PolicyHits::hit(&shared.hits.inbound, policy.index());
-                Ok(())
-            }
-            InboundVerdict::Drop { reason, policy } => {
-                PolicyHits::hit(&shared.hits.inbound, policy.index());
-                Err(reason)
-            }
-        }
+        self.opened.push(Info { p, port });
+        Judged::Opened { via }
+    }
+
+    /// What policies say of the noted keys.
+    #[inline]
+    fn ask_policy(&mut self, shared: &Shared, snapshot: &Snapshot) {
+        let spd = &snapshot.spd_in;
+        let mut misses = 0;
+        self.verdicts.clear();
+        self.verdicts.resize(self.keys.len(), Verdict::DEFAULT);
+        self.flows.resolve(
+            &self.keys,
+            |key| spd.generation(key),
+            |_, key| {
+                misses += 1;
+                spd.lookup(key)
+            },
+            &mut self.verdicts,
+        );
+        shared.counters.flow_misses.add(misses);
+        let hits = self.keys.len() as u64 - misses;
+        shared.counters.flow_hits.add(hits);
     }
 
     #[inline]
@@ -247,72 +293,70 @@ impl Inbound {
         shared: &mut Shared,
         snapshot: &Snapshot,
         out: &mut Outbound,
-        pkt: Pkt,
+        frame: Frame,
+        info: &Info,
     ) {
         let inside = shared
             .config
             .ports
-            .get(usize::from(pkt.port))
+            .get(usize::from(info.port))
             .is_some_and(|p| p.side == Side::Inside);
         if inside {
-            out.clear.push(pkt);
+            out.clear.push(frame, *info);
             return;
         }
-        let vrf = shared.vrf(pkt.port);
-        let key = flow_key(&pkt.p, vrf);
+        let vrf = shared.vrf(info.port);
+        let key = flow_key(&info.p, vrf);
         match self.verdict(shared, snapshot, &key).inbound(None) {
             InboundVerdict::Accept { policy } => {
                 PolicyHits::hit(&shared.hits.inbound, policy.index());
-                if shared.is_local(&pkt.p, vrf) {
-                    shared.drop(pkt.frame, DropReason::NotForUs);
+                if shared.is_local(&info.p, vrf) {
+                    shared.drop(frame, DropReason::NotForUs);
                 } else {
                     shared.counters.bypassed.add(1);
-                    out.forward.push(pkt);
+                    out.forward.push(frame, *info);
                 }
             }
             InboundVerdict::Drop { reason, policy } => {
                 PolicyHits::hit(&shared.hits.inbound, policy.index());
-                shared.drop(pkt.frame, reason);
+                shared.drop(frame, reason);
             }
         }
     }
 
     /// Fragments, IKE, keep-alives, clear text.
     fn sort_other(&mut self, shared: &mut Shared, snapshot: &Snapshot, out: &mut Outbound) {
-        let mut packets = std::mem::take(&mut self.other);
-        for pkt in packets.drain(..) {
-            let local = shared.is_local(&pkt.p, shared.vrf(pkt.port));
-            match pkt.p.kind {
-                Kind::NatKeepalive if local => shared.consume(pkt.frame, Consumed::NatKeepalive),
-                Kind::Ike if local => shared.drop(pkt.frame, DropReason::NotForUs),
+        let mut packets = self.other.take();
+        for (frame, info) in packets.drain() {
+            let local = shared.is_local(&info.p, shared.vrf(info.port));
+            match info.p.kind {
+                Kind::NatKeepalive if local => shared.consume(frame, Consumed::NatKeepalive),
+                Kind::Ike if local => shared.drop(frame, DropReason::NotForUs),
                 Kind::Ip
                     if local
-                        && pkt.p.frag != Frag::No
-                        && matches!(pkt.p.proto, proto::ESP | proto::UDP) =>
+                        && info.p.frag != Frag::No
+                        && matches!(info.p.proto, proto::ESP | proto::UDP) =>
                 {
-                    self.reassemble(shared, pkt);
+                    self.reassemble(shared, frame, info);
                 }
-                _ => self.clear_text(shared, snapshot, out, pkt),
+                _ => self.clear_text(shared, snapshot, out, frame, info),
             }
         }
+        packets.clear();
         self.other = packets;
     }
 
     /// Adds a fragment; a packet that it completes goes on as if it had come whole.
-    fn reassemble(&mut self, shared: &mut Shared, pkt: Pkt) {
+    fn reassemble(&mut self, shared: &mut Shared, frame: Frame, info: &Info) {
         let Some(reassembly) = &mut self.reassembly else {
-            shared.drop(pkt.frame, DropReason::FragmentOff);
+            shared.drop(frame, DropReason::FragmentOff);
             return;
         };
-        let whole = reassembly.push(pkt.frame, &pkt.p, shared.now, &mut self.ended);
+        let whole = reassembly.push(frame, &info.p, shared.now, &mut self.ended);
         self.settle(shared);
         let Some(frame) = whole else { return };
         match wire::parse_ip(frame.data(), shared.natt) {
-            Ok(p) if p.esp().is_some() => self.esp.push(Pkt {
-                frame,
-                p,
-                port: pkt.port,
-            }),
+            Ok(p) if p.esp().is_some() => self.esp.push(frame, Info { p, port: info.port }),
             Ok(_) => shared.drop(frame, DropReason::NotForUs),
             Err(reason) => shared.drop(frame, reason),
         }
@@ -326,6 +370,39 @@ impl Inbound {
                 Fate::Dropped(reason) => shared.drop(frame, reason),
             }
         }
+    }
+}
+
+/// What became of a packet behind the engine.
+#[derive(Clone, Copy, Debug)]
+enum Judged {
+    /// Authentic and well-formed; policies must allow it to have come by the tunnel `via`, where there is one.
+    Opened {
+        via: Option<TunnelIdx>,
+    },
+    Consumed(Consumed),
+    Dropped(DropReason),
+}
+
+/// Counts the policy and says whether it lets the packet in.
+#[inline]
+fn accept(shared: &Shared, verdict: InboundVerdict) -> Result<(), DropReason> {
+    match verdict {
+        InboundVerdict::Accept { policy } => {
+            PolicyHits::hit(&shared.hits.inbound, policy.index());
+            Ok(())
+        }
+        InboundVerdict::Drop { reason, policy } => {
+            PolicyHits::hit(&shared.hits.inbound, policy.index());
+            Err(reason)
+        }
+    }
+}
+
+#[cold]
+fn refuse_selector(snapshot: &Snapshot, sa: SaId) {
+    if let Some(entry) = snapshot.sa(sa) {
+        entry.live.counters.selector.add(1);
     }
 }
 
@@ -370,20 +447,20 @@ impl JobTable {
 }
 
 #[inline(always)]
-fn spi(pkt: &Pkt) -> u32 {
-    pkt.p.esp().map_or(0, |(spi, _)| spi)
+fn spi(p: &Parsed) -> u32 {
+    p.esp().map_or(0, |(spi, _)| spi)
 }
 
 /// Checks that cost nothing, before crypto is spent: encapsulation, limits, lengths, window. Returns the
 /// full sequence number.
 #[inline]
-fn admit(entry: &SaEntry, pkt: &Pkt, now: u64) -> Result<(DecapPre, u64), DropReason> {
+fn admit(entry: &SaEntry, p: &Parsed, now: u64) -> Result<(DecapPre, u64), DropReason> {
     let fixed = &entry.fixed;
     let Some(plan) = &fixed.inb else {
         return Err(DropReason::SaNotFound);
     };
     entry.admit_in(now)?;
-    let pre = match decap::pre(&pkt.p, plan) {
+    let pre = match decap::pre(p, plan) {
         Ok(pre) => pre,
         Err(reason) => {
             entry.live.counters.malformed.add(1);
@@ -397,14 +474,14 @@ fn admit(entry: &SaEntry, pkt: &Pkt, now: u64) -> Result<(DecapPre, u64), DropRe
 }
 
 #[inline]
-fn job(entry: &SaEntry, pkt: Pkt, pre: DecapPre, seq: u64, tag: u64) -> EspJob {
+fn job(entry: &SaEntry, frame: Frame, p: &Parsed, pre: DecapPre, seq: u64, tag: u64) -> EspJob {
     EspJob {
-        frame: pkt.frame,
+        frame,
         sa: entry.fixed.id,
         seq,
         tag,
         esp_off: pre.esp_off,
-        esp_end: pkt.p.l3_len,
+        esp_end: p.l3_len,
         kind: JobKind::Open,
         status: JobStatus::Pending,
     }
@@ -412,7 +489,7 @@ fn job(entry: &SaEntry, pkt: Pkt, pre: DecapPre, seq: u64, tag: u64) -> EspJob {
 
 /// After the engine: the packet is authentic, fresh, well-formed and within the limits.
 #[inline]
-fn judge(
+fn open(
     entry: &SaEntry,
     job: &mut EspJob,
     outer: &Outer,

@@ -6,6 +6,7 @@ mod egress;
 mod handover;
 mod idle;
 mod inbound;
+mod lane;
 mod outbound;
 mod setup;
 mod thread;

@@ -1,20 +1,22 @@
 //! Towards the unprotected side: policy, SA, encapsulation; and the forwarding of what is already allowed.
 
+use arrayvec::ArrayVec;
 use pmd::BURST;
 use pmd::Frame;
 use pmd::engine::{EspJob, JobKind, JobStatus};
 use sa_store::drops::DropReason;
 use sa_store::flow::{FlowCache, FlowKey};
 use sa_store::plan::OutPlan;
-use sa_store::runtime::SaEntry;
+use sa_store::runtime::{SaEntry, TunnelIdx};
 use sa_store::sa::{Mode, SaId};
 use sa_store::snapshot::Snapshot;
 use sa_store::spd::{Action, Verdict};
 
-use super::core::{Pkt, Protect, Shared, dst_of, flow_key};
+use super::core::{Shared, dst_of, flow_key};
 use super::cover::{Cover, DUMMY_LEN};
 use super::egress::{Egress, PortHop};
 use super::handover::{Handed, Task};
+use super::lane::{Info, Lane};
 use super::setup::{PipelineConfig, PolicyHits, Side};
 use crate::esp::encap::{self, EncapArgs, EncapState, Hop};
 use crate::esp::fragment::fragment;
@@ -25,6 +27,10 @@ use crate::esp::rate::TokenBucket;
 use crate::wire;
 use sa_store::ledger::Generated;
 
+/// Packets whose SAs are found before the first is used.
+const LOOK_AHEAD: usize = 4 * BURST;
+/// Packets between fetching an SA and using it.
+pub(super) const AHEAD: usize = 12;
 /// ICMP errors that a worker sends, RFC 1812 section 4.3.2.8.
 const ICMP_PER_SECOND: u32 = 1000;
 const ICMP_BURST: u32 = 50;
@@ -32,12 +38,13 @@ const ICMP_BURST: u32 = 50;
 /// The outbound half of a worker.
 pub(super) struct Outbound {
     /// From inside: policy decides.
-    pub(super) clear: Vec<Pkt>,
+    pub(super) clear: Lane<Info>,
     /// Policy or a route has decided.
-    pub(super) protect: Vec<Protect>,
+    pub(super) protect: Lane<(Info, TunnelIdx)>,
     /// Allowed in the clear or decrypted: goes where the route says.
-    pub(super) forward: Vec<Pkt>,
+    pub(super) forward: Lane<Info>,
     keys: Vec<FlowKey>,
+    verdicts: Vec<Verdict>,
     jobs: Vec<EspJob>,
     done: Vec<EspJob>,
     flows: FlowCache<Verdict>,
@@ -51,10 +58,11 @@ pub(super) struct Outbound {
 impl Outbound {
     pub(super) fn new(config: &PipelineConfig, iv: CbcIvGen) -> Self {
         Self {
-            clear: Vec::with_capacity(4 * BURST),
-            protect: Vec::with_capacity(4 * BURST),
-            forward: Vec::with_capacity(4 * BURST),
+            clear: Lane::with_capacity(4 * BURST),
+            protect: Lane::with_capacity(4 * BURST),
+            forward: Lane::with_capacity(4 * BURST),
             keys: Vec::with_capacity(4 * BURST),
+            verdicts: Vec::with_capacity(4 * BURST),
             jobs: Vec::with_capacity(4 * BURST),
             done: Vec::with_capacity(4 * BURST),
             flows: FlowCache::new(config.flow_entries),
@@ -73,10 +81,14 @@ impl Outbound {
 
     /// Ends what waits.
     pub(super) fn abandon(&mut self, shared: &mut Shared) {
-        let lanes = self.forward.drain(..).chain(self.clear.drain(..));
-        for pkt in lanes.chain(self.protect.drain(..).map(|(pkt, _)| pkt)) {
-            shared.drop(pkt.frame, DropReason::Shutdown);
+        let clear = self.forward.drain().chain(self.clear.drain());
+        let protect = self.protect.drain().map(|(frame, _)| frame);
+        for frame in clear.map(|(frame, _)| frame).chain(protect) {
+            shared.drop(frame, DropReason::Shutdown);
         }
+        self.forward.clear();
+        self.clear.clear();
+        self.protect.clear();
     }
 
     /// One round: returns how many packets it handled.
@@ -111,133 +123,138 @@ impl Outbound {
     /// Sends on what is already allowed: decrypted packets and bypassed ones from outside. Towards another
     /// unprotected port they are subject to the outbound policy like any other packet.
     fn forward(&mut self, shared: &mut Shared, snapshot: &Snapshot) {
-        let mut packets = std::mem::take(&mut self.forward);
-        for pkt in packets.drain(..) {
-            let vrf = shared.vrf(pkt.port);
+        let mut packets = self.forward.take();
+        for (frame, info) in packets.drain() {
+            let vrf = shared.vrf(info.port);
             match shared
                 .ports
-                .route(&snapshot.fib, vrf, dst_of(&pkt.p), hash_of(&pkt))
+                .route(&snapshot.fib, vrf, dst_of(&info.p), hash_of(&info.p))
             {
                 Egress::Port(hop) if shared.ports.side(hop) == Side::Outside => {
-                    self.clear.push(pkt)
+                    self.clear.push(frame, *info);
                 }
-                Egress::Port(hop) => self.send_clear(shared, pkt, hop),
-                Egress::Tunnel(tunnel) => self.protect.push((pkt, tunnel)),
-                Egress::Local => shared.drop(pkt.frame, DropReason::NotForUs),
-                Egress::Unresolved => shared.drop(pkt.frame, DropReason::NoNeighbour),
-                Egress::None => shared.drop(pkt.frame, DropReason::NoRoute),
+                Egress::Port(hop) => self.send_clear(shared, frame, info, hop),
+                Egress::Tunnel(tunnel) => self.protect.push(frame, (*info, tunnel)),
+                Egress::Local => shared.drop(frame, DropReason::NotForUs),
+                Egress::Unresolved => shared.drop(frame, DropReason::NoNeighbour),
+                Egress::None => shared.drop(frame, DropReason::NoRoute),
             }
         }
-        self.forward = packets;
+        packets.clear();
+        // Answers made meanwhile wait for the next round.
+        std::mem::swap(&mut self.forward, &mut packets);
+        for (frame, info) in packets.drain() {
+            self.forward.push(frame, *info);
+        }
     }
 
     /// Looks the policies up for packets from inside.
     fn decide(&mut self, shared: &mut Shared, snapshot: &Snapshot) {
-        self.keys.clear();
-        for pkt in &self.clear {
-            let key = flow_key(&pkt.p, shared.vrf(pkt.port));
-            self.flows.prefetch(&key);
-            self.keys.push(key);
-        }
-        let mut packets = std::mem::take(&mut self.clear);
-        let keys = std::mem::take(&mut self.keys);
-        for (pkt, key) in packets.drain(..).zip(&keys) {
-            let verdict = self.verdict(shared, snapshot, key, &pkt);
+        let mut packets = self.clear.take();
+        self.verdicts(shared, snapshot, packets.infos());
+        let verdicts = std::mem::take(&mut self.verdicts);
+        for ((frame, info), verdict) in packets.drain().zip(&verdicts) {
             PolicyHits::hit(&shared.hits.out, verdict.policy.index());
             match verdict.action {
-                Action::Protect { tunnel } => self.protect.push((pkt, tunnel)),
+                Action::Protect { tunnel } => self.protect.push(frame, (*info, tunnel)),
                 Action::Bypass => {
-                    let vrf = shared.vrf(pkt.port);
+                    let vrf = shared.vrf(info.port);
                     shared.counters.bypassed.add(1);
                     match shared
                         .ports
-                        .route(&snapshot.fib, vrf, dst_of(&pkt.p), hash_of(&pkt))
+                        .route(&snapshot.fib, vrf, dst_of(&info.p), hash_of(&info.p))
                     {
-                        Egress::Port(hop) => self.send_clear(shared, pkt, hop),
-                        Egress::Tunnel(tunnel) => self.protect.push((pkt, tunnel)),
-                        Egress::Local => shared.drop(pkt.frame, DropReason::NotForUs),
-                        Egress::Unresolved => shared.drop(pkt.frame, DropReason::NoNeighbour),
-                        Egress::None => shared.drop(pkt.frame, DropReason::NoRoute),
+                        Egress::Port(hop) => self.send_clear(shared, frame, info, hop),
+                        Egress::Tunnel(tunnel) => self.protect.push(frame, (*info, tunnel)),
+                        Egress::Local => shared.drop(frame, DropReason::NotForUs),
+                        Egress::Unresolved => shared.drop(frame, DropReason::NoNeighbour),
+                        Egress::None => shared.drop(frame, DropReason::NoRoute),
                     }
                 }
-                Action::Discard => shared.drop(pkt.frame, DropReason::PolicyDiscard),
-                Action::FragmentPolicy => shared.drop(pkt.frame, DropReason::FragmentPolicy),
+                Action::Discard => shared.drop(frame, DropReason::PolicyDiscard),
+                Action::FragmentPolicy => shared.drop(frame, DropReason::FragmentPolicy),
             }
         }
+        packets.clear();
         self.clear = packets;
-        self.keys = keys;
+        self.verdicts = verdicts;
     }
 
-    /// The policy's answer; a route into a tunnel comes first, for it is the operator's word on this destination.
+    /// The policies' answers; a route into a tunnel comes first, for it is the operator's word on this destination.
     #[inline]
-    fn verdict(
-        &mut self,
-        shared: &mut Shared,
-        snapshot: &Snapshot,
-        key: &FlowKey,
-        pkt: &Pkt,
-    ) -> Verdict {
-        let spd = &snapshot.spd_out;
-        // Both only ever grow, so the sum changes whenever one of them does.
-        let generation = spd.generation(key).wrapping_add(snapshot.fib.generation());
-        if let Some(v) = self.flows.lookup(key, generation) {
-            shared.counters.flow_hits.add(1);
-            return v;
-        }
-        shared.counters.flow_misses.add(1);
-        let routed = shared
-            .ports
-            .route(&snapshot.fib, key.vrf(), dst_of(&pkt.p), hash_of(pkt));
-        let v = match routed {
-            Egress::Tunnel(tunnel) => Verdict {
-                action: Action::Protect { tunnel },
-                ..Verdict::DEFAULT
+    fn verdicts(&mut self, shared: &mut Shared, snapshot: &Snapshot, packets: &[Info]) {
+        let keys = packets
+            .iter()
+            .map(|pkt| flow_key(&pkt.p, shared.vrf(pkt.port)));
+        self.keys.clear();
+        self.keys.extend(keys);
+        self.verdicts.clear();
+        self.verdicts.resize(packets.len(), Verdict::DEFAULT);
+        let (spd, fib) = (&snapshot.spd_out, &snapshot.fib);
+        let mut misses = 0;
+        self.flows.resolve(
+            &self.keys,
+            // Both only ever grow, so the sum changes whenever one of them does.
+            |key| spd.generation(key).wrapping_add(fib.generation()),
+            |i, key| {
+                misses += 1;
+                let pkt = &packets[i];
+                match shared
+                    .ports
+                    .route(fib, key.vrf(), dst_of(&pkt.p), hash_of(&pkt.p))
+                {
+                    Egress::Tunnel(tunnel) => Verdict {
+                        action: Action::Protect { tunnel },
+                        ..Verdict::DEFAULT
+                    },
+                    _ => spd.lookup(key),
+                }
             },
-            _ => spd.lookup(key),
-        };
-        self.flows.insert(key, generation, v);
-        v
+            &mut self.verdicts,
+        );
+        shared.counters.flow_misses.add(misses);
+        let hits = packets.len() as u64 - misses;
+        shared.counters.flow_hits.add(hits);
     }
 
     /// Finds the sender of each tunnel and builds the outer packets.
     fn encapsulate(&mut self, shared: &mut Shared, snapshot: &Snapshot) {
-        // Passes as in the inbound direction, so that the misses of a burst overlap.
-        for entry in self
-            .protect
-            .iter()
-            .filter_map(|(_, t)| snapshot.outbound(*t))
-        {
-            entry.prefetch_fixed();
+        // Fetched a little ahead, so that misses overlap and the first-level cache holds what was fetched.
+        let mut packets = self.protect.take();
+        let mut found = ArrayVec::<Option<&SaEntry>, LOOK_AHEAD>::new();
+        for (_, tunnel) in packets.infos().iter().take(LOOK_AHEAD) {
+            found.push(snapshot.outbound(*tunnel).map(|e| &**e));
         }
-        for entry in self
-            .protect
-            .iter()
-            .filter_map(|(_, t)| snapshot.outbound(*t))
-        {
-            entry.prefetch_live();
-            entry.fixed.cipher.prefetch();
+        for entry in found.iter().take(AHEAD).flatten() {
+            entry.prefetch();
         }
-        let mut packets = std::mem::take(&mut self.protect);
-        for (pkt, tunnel) in packets.drain(..) {
-            let Some(entry) = snapshot.outbound(tunnel) else {
-                shared.drop(pkt.frame, DropReason::NoOutboundSa);
+        for (i, (frame, (info, tunnel))) in packets.drain().enumerate() {
+            if let Some(Some(entry)) = found.get(i + AHEAD) {
+                entry.prefetch();
+            }
+            let entry = match found.get(i) {
+                Some(entry) => *entry,
+                None => snapshot.outbound(*tunnel).map(|e| &**e),
+            };
+            let Some(entry) = entry else {
+                shared.drop(frame, DropReason::NoOutboundSa);
                 continue;
             };
             let owner = usize::from(entry.fixed.owner);
             if owner != shared.id {
-                let Pkt { frame, p, port } = pkt;
                 shared.handover.stage(
                     owner,
                     Handed {
                         frame,
-                        port,
-                        task: Task::Protect(p, tunnel),
+                        port: info.port,
+                        task: Task::Protect(info.p, *tunnel),
                     },
                 );
                 continue;
             }
-            self.protect_one(shared, snapshot, entry, pkt);
+            self.protect_one(shared, snapshot, entry, frame, info);
         }
+        packets.clear();
         self.protect = packets;
     }
 
@@ -247,57 +264,55 @@ impl Outbound {
         shared: &mut Shared,
         snapshot: &Snapshot,
         entry: &SaEntry,
-        mut pkt: Pkt,
+        mut frame: Frame,
+        info: &Info,
     ) {
+        let p = &info.p;
         let Some(plan) = &entry.fixed.out else {
-            shared.drop(pkt.frame, DropReason::NoOutboundSa);
+            shared.drop(frame, DropReason::NoOutboundSa);
             return;
         };
-        let hop = match shared.ports.route(
-            &snapshot.fib,
-            entry.fixed.vrf,
-            entry.fixed.dst,
-            entry.fixed.spi,
-        ) {
+        let hop = match shared.ports.route_outer(&snapshot.fib, entry) {
             Egress::Port(hop) => hop,
             Egress::Unresolved => {
-                shared.drop(pkt.frame, DropReason::NoNeighbour);
+                shared.drop(frame, DropReason::NoNeighbour);
                 return;
             }
             // A tunnel whose outer packets are routed into a tunnel is a loop.
             Egress::Tunnel(_) | Egress::Local | Egress::None => {
-                shared.drop(pkt.frame, DropReason::NoRoute);
+                shared.drop(frame, DropReason::NoRoute);
                 return;
             }
         };
-        if pkt.p.ttl <= 1 && plan.mode == Mode::Tunnel {
-            self.answer(shared, &pkt, IcmpError::TimeExceeded);
-            shared.drop(pkt.frame, DropReason::TtlExpired);
+        if p.ttl <= 1 && plan.mode == Mode::Tunnel {
+            self.answer(shared, frame.data(), info, IcmpError::TimeExceeded);
+            shared.drop(frame, DropReason::TtlExpired);
             return;
         }
         let mtu = plan.outer_mtu(shared.ports.mtu(hop));
         let (front, behind) = plan.worst_growth();
         let mut inner_mtu = mtu;
-        let tight = usize::from(pkt.p.l3_len) + front + behind > usize::from(mtu);
+        let tight = usize::from(p.l3_len) + front + behind > usize::from(mtu);
         if plan.tfc_to != 0 || plan.mss_clamp || tight {
-            inner_mtu = encap::inner_mtu(plan, pkt.frame.data(), &pkt.p, mtu);
+            inner_mtu = encap::inner_mtu(plan, frame.data(), p, mtu);
             if plan.mss_clamp {
-                mss::clamp(
-                    pkt.frame.data_mut(),
-                    &pkt.p,
-                    mss::mss_for(inner_mtu, pkt.p.family),
-                );
+                mss::clamp(frame.data_mut(), p, mss::mss_for(inner_mtu, p.family));
             }
-            if pkt.p.l3_len > inner_mtu && !may_fragment(plan, &pkt.p) {
-                self.answer(shared, &pkt, IcmpError::TooBig { mtu: inner_mtu });
-                shared.drop(pkt.frame, DropReason::TooBig);
+            if p.l3_len > inner_mtu && !may_fragment(plan, p) {
+                self.answer(
+                    shared,
+                    frame.data(),
+                    info,
+                    IcmpError::TooBig { mtu: inner_mtu },
+                );
+                shared.drop(frame, DropReason::TooBig);
                 return;
             }
         }
-        let seq = match entry.next_out(u64::from(pkt.p.l3_len), shared.now) {
+        let seq = match entry.next_out(u64::from(p.l3_len), shared.now) {
             Ok(seq) => seq,
             Err(reason) => {
-                shared.drop(pkt.frame, reason);
+                shared.drop(frame, reason);
                 return;
             }
         };
@@ -306,20 +321,32 @@ impl Outbound {
             hop: Hop::Forwarded,
             inner_mtu,
         };
-        match encap::encap(&mut pkt.frame, &pkt.p, plan, args, &mut self.state) {
-            Ok(ok) => self.jobs.push(EspJob {
-                esp_end: length(&pkt.frame),
-                frame: pkt.frame,
-                sa: entry.fixed.id,
-                seq,
-                tag: hop.to_tag(),
-                esp_off: ok.esp_off,
-                kind: JobKind::Seal,
-                status: JobStatus::Pending,
-            }),
+        // The handle is moved before encapsulation changes it: what is written in pieces cannot be read whole soon
+        // after without waiting.
+        entry.fixed.cipher.prefetch();
+        self.jobs.push(EspJob {
+            frame,
+            sa: entry.fixed.id,
+            seq,
+            tag: hop.to_tag(),
+            esp_off: 0,
+            esp_end: 0,
+            kind: JobKind::Seal,
+            status: JobStatus::Pending,
+        });
+        let Some(job) = self.jobs.last_mut() else {
+            return;
+        };
+        match encap::encap(&mut job.frame, p, plan, args, &mut self.state) {
+            Ok(ok) => {
+                job.esp_off = ok.esp_off;
+                job.esp_end = length(&job.frame);
+            }
             Err(reason) => {
                 entry.live.counters.malformed.add(1);
-                shared.drop(pkt.frame, reason);
+                if let Some(job) = self.jobs.pop() {
+                    shared.drop(job.frame, reason);
+                }
             }
         }
     }
@@ -406,19 +433,19 @@ impl Outbound {
     }
 
     /// Sends a packet in the clear: hop limit, size, then out.
-    fn send_clear(&mut self, shared: &mut Shared, mut pkt: Pkt, hop: PortHop) {
-        if let Err(reason) = wire::decrement_ttl(pkt.frame.data_mut(), &pkt.p) {
-            self.answer(shared, &pkt, IcmpError::TimeExceeded);
-            shared.drop(pkt.frame, reason);
+    fn send_clear(&mut self, shared: &mut Shared, mut frame: Frame, info: &Info, hop: PortHop) {
+        if let Err(reason) = wire::decrement_ttl(frame.data_mut(), &info.p) {
+            self.answer(shared, frame.data(), info, IcmpError::TimeExceeded);
+            shared.drop(frame, reason);
             return;
         }
         let mtu = shared.ports.mtu(hop);
-        if pkt.p.l3_len > mtu && pkt.p.df() {
-            self.answer(shared, &pkt, IcmpError::TooBig { mtu });
-            shared.drop(pkt.frame, DropReason::TooBig);
+        if info.p.l3_len > mtu && info.p.df() {
+            self.answer(shared, frame.data(), info, IcmpError::TooBig { mtu });
+            shared.drop(frame, DropReason::TooBig);
             return;
         }
-        self.send(shared, pkt.frame, hop, mtu);
+        self.send(shared, frame, hop, mtu);
     }
 
     /// Gives an IP packet to its port, in fragments when it is larger than `mtu`.
@@ -463,28 +490,24 @@ impl Outbound {
     /// Answers with an ICMP error where RFC 1812 and RFC 4443 allow one, within the rate limit. The answer goes
     /// out with the next round.
     #[cold]
-    fn answer(&mut self, shared: &mut Shared, pkt: &Pkt, error: IcmpError) {
-        let v6 = pkt.p.family == wire::Family::V6;
-        let Some(from) = shared.config.locals.any(shared.vrf(pkt.port), v6) else {
+    fn answer(&mut self, shared: &mut Shared, packet: &[u8], info: &Info, error: IcmpError) {
+        let v6 = info.p.family == wire::Family::V6;
+        let Some(from) = shared.config.locals.any(shared.vrf(info.port), v6) else {
             return;
         };
-        if !icmp::may_answer(&pkt.p, error) || !self.errors.allow(shared.now) {
+        if !icmp::may_answer(&info.p, error) || !self.errors.allow(shared.now) {
             return;
         }
         let Some(mut frame) = shared.pool.get_spare() else {
             return;
         };
-        if !icmp::build(&mut frame, pkt.frame.data(), &pkt.p, error, from) {
+        if !icmp::build(&mut frame, packet, &info.p, error, from) {
             shared.pool.put(frame);
             return;
         }
         shared.counters.generate(Generated::Icmp);
         match wire::parse_ip(frame.data(), shared.natt) {
-            Ok(p) => self.forward.push(Pkt {
-                frame,
-                p,
-                port: pkt.port,
-            }),
+            Ok(p) => self.forward.push(frame, Info { p, port: info.port }),
             Err(reason) => shared.drop(frame, reason),
         }
     }
@@ -503,8 +526,7 @@ fn may_fragment(plan: &OutPlan, p: &wire::Parsed) -> bool {
 
 /// Spreads flows over equal next hops.
 #[inline(always)]
-fn hash_of(pkt: &Pkt) -> u32 {
-    let p = &pkt.p;
+fn hash_of(p: &wire::Parsed) -> u32 {
     #[allow(clippy::cast_possible_truncation, reason = "a hash")]
     let mixed =
         (p.src ^ p.dst.rotate_left(17)) as u32 ^ u32::from(p.sport) << 16 ^ u32::from(p.dport);

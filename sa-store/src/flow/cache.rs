@@ -105,15 +105,16 @@ impl<V: Copy + Default> FlowCache<V> {
     /// Finds the values of a burst: `out[i]` becomes that of `keys[i]`, asked of `miss` and stored where
     /// there is none of its `generation`. Stops at the shorter of the two.
     ///
-    /// All sets of a burst are fetched from memory at once instead of one after the other.
+    /// `miss` also gets the place of the key in the burst. All sets of a burst are fetched from memory at once instead of one after the other.
     #[inline]
     pub fn resolve(
         &mut self,
         keys: &[FlowKey],
         generation: impl Fn(&FlowKey) -> u32,
-        mut miss: impl FnMut(&FlowKey) -> V,
+        mut miss: impl FnMut(usize, &FlowKey) -> V,
         out: &mut [V],
     ) {
+        let mut first_of_chunk = 0;
         for (keys, out) in keys.chunks(BATCH).zip(out.chunks_mut(BATCH)) {
             let mut places = [Place::default(); BATCH];
             for (p, k) in places.iter_mut().zip(keys) {
@@ -126,7 +127,7 @@ impl<V: Copy + Default> FlowCache<V> {
                     prefetch::read(&self.entries[p.set][first(p.ways)]);
                 }
             }
-            for ((k, p), out) in keys.iter().zip(&places).zip(out) {
+            for (i, ((k, p), out)) in keys.iter().zip(&places).zip(out).enumerate() {
                 let now = generation(k);
                 let e = &self.entries[p.set][first(p.ways)];
                 if p.ways != 0 && e.key == *k && e.generation == now {
@@ -137,13 +138,14 @@ impl<V: Copy + Default> FlowCache<V> {
                 *out = match self.lookup(k, now) {
                     Some(value) => value,
                     None => {
-                        let value = miss(k);
+                        let value = miss(first_of_chunk + i, k);
                         self.stats.misses += 1;
                         self.insert(k, now, value);
                         value
                     }
                 };
             }
+            first_of_chunk += keys.len();
         }
     }
 
@@ -350,7 +352,7 @@ mod tests {
                 // The value names key and generation, so that a wrong or an outdated one shows.
                 let value = |k: &FlowKey| k.with_if_id(crate::sa::IfId(generation));
                 let mut asked = 0;
-                c.resolve(&keys, |_| generation, |k| { asked += 1; value(k) }, &mut out);
+                c.resolve(&keys, |_| generation, |_, k| { asked += 1; value(k) }, &mut out);
                 prop_assert_eq!(&out, &keys.iter().map(value).collect::<Vec<_>>());
                 prop_assert!(asked <= keys.len());
             }

@@ -1,0 +1,182 @@
+//! What policies cost: one against many at the same number of flows and SAs, at rest and while they change.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use anyhow::Result;
+use sa_store::policy::{Action, Policy};
+use sa_store::sa::Direction;
+use sa_store::spd::{Spd, TunnelIdx};
+use sa_store::store::Store;
+
+use crate::clock::median;
+use crate::measure::{Bench, Series};
+use crate::rig::Rig;
+use crate::scenario::{Scenario, block_policy};
+
+/// Policies that come and go with each update.
+const CHANGING: u32 = 10;
+/// Where they apply: outside the flows' addresses, and inside the same sources.
+const CHANGING_AT: u32 = 0x0b00_0000;
+
+/// Nanoseconds per packet.
+#[derive(Clone, Copy, Debug)]
+pub struct Cost {
+    /// Mean of the steps without the slowest hundredth: median of the runs.
+    pub ns: f64,
+    /// Policy updates published while it was measured.
+    pub updates: u64,
+}
+
+impl Cost {
+    fn of(series: &Series, updates: u64) -> Self {
+        Self {
+            ns: median(&mut series.trimmed.clone()),
+            updates,
+        }
+    }
+}
+
+/// Measures with policies at rest.
+///
+/// # Errors
+/// See [`Rig::step`].
+pub fn at_rest(bench: &Bench<'_>, scenario: &Scenario) -> Result<Cost> {
+    let mut rig = Rig::new(scenario, bench.factory, bench.arena)?;
+    Ok(Cost::of(&bench.run(&mut rig, |_| ())?, 0))
+}
+
+/// Measures while another thread makes new policy tables as fast as it can; each is published between two steps.
+///
+/// # Errors
+/// See [`Rig::step`].
+pub fn while_changing(bench: &Bench<'_>, scenario: &Scenario) -> Result<Cost> {
+    let mut rig = Rig::new(scenario, bench.factory, bench.arena)?;
+    let current = rig.store.current();
+    let first = match scenario.direction {
+        Direction::Out => Arc::clone(&current.spd_out),
+        Direction::In => Arc::clone(&current.spd_in),
+    };
+    drop(current);
+    let stop = AtomicBool::new(false);
+    let (tables, made) = sync_channel(1);
+    std::thread::scope(|scope| {
+        let maker = scope.spawn(|| make_tables(scenario, first, &tables, &stop));
+        let mut updates = 0;
+        let series = bench.run(&mut rig, |store| {
+            updates += publish(store, scenario.direction, &made);
+        });
+        stop.store(true, Ordering::Relaxed);
+        // The maker may wait for room.
+        let _ = made.try_recv();
+        let outcome = maker.join();
+        if let Ok(made) = outcome {
+            made?;
+        }
+        Ok(Cost::of(&series?, updates))
+    })
+}
+
+/// Publishes a new table if one is there.
+fn publish(store: &mut Store, direction: Direction, made: &Receiver<Arc<Spd>>) -> u64 {
+    let Ok(spd) = made.try_recv() else {
+        return 0;
+    };
+    let current = store.current();
+    let mut draft = store.draft();
+    match direction {
+        Direction::Out => draft.set_spd(spd, Arc::clone(&current.spd_in)),
+        Direction::In => draft.set_spd(Arc::clone(&current.spd_out), spd),
+    }
+    drop(current);
+    store.publish(draft);
+    store.reap();
+    1
+}
+
+/// Tables with and without the changing policies, in turn.
+fn make_tables(
+    scenario: &Scenario,
+    mut spd: Arc<Spd>,
+    tables: &SyncSender<Arc<Spd>>,
+    stop: &AtomicBool,
+) -> Result<()> {
+    // The measuring thread was pinned, and threads inherit that.
+    crate::machine::pin(Some(0));
+    let without = scenario.policy_list(scenario.direction);
+    let mut with = without.clone();
+    with.extend((0..CHANGING).map(|n| changing(n, scenario.direction)));
+    // Versions in use by the other thread end here, so that freeing them costs no time on the clock.
+    let mut kept = Vec::new();
+    for list in [&with, &without].into_iter().cycle() {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let (next, _) = spd.updated(list, tunnel)?;
+        spd = Arc::new(next);
+        kept.push(Arc::clone(&spd));
+        if tables.send(Arc::clone(&spd)).is_err() {
+            break;
+        }
+        let old = kept.len().saturating_sub(8);
+        kept.drain(..old);
+    }
+    Ok(())
+}
+
+fn changing(n: u32, direction: Direction) -> Policy {
+    let at = CHANGING_AT + n;
+    block_policy(format!("c{n}"), direction, at, at, Action::Discard)
+}
+
+/// Tunnels are numbered as they are named.
+fn tunnel(name: &str) -> Option<TunnelIdx> {
+    name.strip_prefix('t')?.parse().ok().map(TunnelIdx)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Rates;
+    use crate::measure::Effort;
+    use crate::rig::arena_for;
+    use crate::scenario::Spread;
+    use gateway::crypto::{Fixed, rustcrypto::RustCrypto};
+    use quanta::Clock;
+    use std::time::Duration;
+
+    #[test]
+    fn packets_flow_while_tables_are_replaced() {
+        let arena = arena_for(1, 128).unwrap();
+        let bench = Bench {
+            factory: &Fixed(RustCrypto),
+            arena: &arena,
+            clock: &Clock::new(),
+            rates: Rates {
+                tsc_ghz: 1.0,
+                core_ghz: 1.0,
+            },
+            effort: Effort {
+                runs: 2,
+                time: Duration::from_millis(50),
+                limit: false,
+            },
+        };
+        for direction in [Direction::Out, Direction::In] {
+            let scenario = Scenario {
+                suite: "aes-128-gcm-16".parse().unwrap(),
+                direction,
+                sas: 1,
+                flows: 100,
+                policies: 1000,
+                workers: 1,
+                spread: Spread::Owner,
+                mix: "64".parse().unwrap(),
+                frames: 128,
+            };
+            let cost = while_changing(&bench, &scenario).unwrap();
+            assert!(cost.ns > 0.0 && cost.updates > 0, "{cost:?}");
+        }
+    }
+}
