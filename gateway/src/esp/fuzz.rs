@@ -9,6 +9,7 @@ use super::decap::{self, Decapped};
 use super::encap::{EncapArgs, EncapState, Hop, encap};
 use super::iv::CbcIvGen;
 use crate::crypto::differential::keys;
+use crate::wire::fuzz::with_checksum;
 use crate::wire::{Family, NattPorts, parse_ip};
 
 /// An SA with every option at its default. `family` is that of the outer header.
@@ -60,6 +61,7 @@ pub fn fuzz_decap(data: &[u8], pool: &mut Pool) {
     let Some((&[choice, suite], packet)) = data.split_first_chunk::<2>() else {
         return;
     };
+    let packet = &*with_checksum(packet);
     let Ok(p) = parse_ip(packet, NattPorts::default()) else {
         return;
     };

@@ -254,6 +254,7 @@ pub fn path_mtu(packet: &[u8], p: &Parsed) -> Option<PathMtu> {
 /// Feeds arbitrary bytes to everything that reads ICMP, for the fuzzer.
 #[doc(hidden)]
 pub fn fuzz_icmp(data: &[u8]) {
+    let data = &*crate::wire::fuzz::with_checksum(data);
     if let Ok(p) = crate::wire::parse_ip(data, crate::wire::NattPorts::default()) {
         let _ = path_mtu(data, &p);
         for error in [IcmpError::TooBig { mtu: 1400 }, IcmpError::TimeExceeded] {

@@ -62,6 +62,7 @@ pub fn fuzz_mss(data: &[u8]) {
     let Some(([hi, lo], packet)) = data.split_first_chunk::<2>() else {
         return;
     };
+    let packet = &*crate::wire::fuzz::with_checksum(packet);
     if let Ok(p) = crate::wire::parse_ip(packet, crate::wire::NattPorts::default()) {
         let mut changed = packet.to_vec();
         let max = u16::from_be_bytes([*hi, *lo]);

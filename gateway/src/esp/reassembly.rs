@@ -508,6 +508,7 @@ pub fn fuzz_reassembly(data: &[u8], pool: &mut pmd::Pool) {
     while let [len, tick, body @ ..] = rest {
         let (packet, behind) = body.split_at(usize::from(*len).min(body.len()));
         rest = behind;
+        let packet = &*crate::wire::fuzz::with_checksum(packet);
         now += u64::from(*tick);
         let Ok(p) = crate::wire::parse_ip(packet, crate::wire::NattPorts::default()) else {
             continue;
