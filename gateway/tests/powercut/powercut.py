@@ -9,9 +9,10 @@ what is left. Over all cuts no (key, number) pair may be seen twice.
 
     powercut.py --cuts 200 --jobs 2                        the lease store's own sender
     powercut.py --cuts 3 --lying-disk                      control: the bed must notice
-    powercut.py --cuts 50 --capture frames --program target/release/esplanade \\
-                --args 'run --config /etc/gateway.toml' --file gateway.toml:/etc/gateway.toml …
-                                                            the gateway: its ESP frames are captured
+    powercut.py --cuts 200 --jobs 2 --gateway target/release/esplanade
+                                                           the gateway, see gateway_site.py: its ESP frames are captured
+    powercut.py --capture frames --program FILE --args '…' --file HOST:GUEST …
+                                                           any program that sends ESP
 
 Needs qemu-system-x86_64, busybox (static), cpio, mkfs.ext4 and dpkg; a kernel is fetched with
 `apt-get download` and unpacked, not installed. No root, no KVM.
@@ -31,6 +32,8 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+
+from gateway_site import site
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -169,30 +172,30 @@ def receive(connection, length):
 
 
 class Seen:
-    """Every (key, number) pair of all boots."""
+    """Every (key, number) pair of all boots: a byte for each number, in pages, as whole blocks are skipped."""
+
+    PAGE = 1 << 12
 
     def __init__(self):
-        self.keys = {}
-        self.far = {}
+        self.pages = {}
         self.pairs = 0
         self.twice = []
         self.boot = 0
 
     def add(self, key, number):
         self.pairs += 1
-        if number < 1 << 28:
-            bits = self.keys.setdefault(key, bytearray())
-            if number >= len(bits):
-                bits.extend(bytes(number + 65536 - len(bits)))
-            if bits[number]:
-                self.twice.append((key, number))
-            bits[number] = 1
-        else:
-            numbers = self.far.setdefault(key, set())
-            if number in numbers:
-                self.twice.append((key, number))
-            numbers.add(number)
+        page, at = divmod(number, self.PAGE)
+        seen = self.pages.get((key, page))
+        if seen is None:
+            seen = self.pages[key, page] = bytearray(self.PAGE)
+        if seen[at]:
+            self.twice.append((key, number))
+        seen[at] = 1
         self.boot += 1
+
+    def keys(self):
+        """How many keys were used."""
+        return len({key for key, _ in self.pages})
 
 
 class SerialCapture:
@@ -339,7 +342,7 @@ def with_dependencies(names, directory):
     return order
 
 
-def initramfs(work, directory, program, arguments, files):
+def initramfs(work, directory, program, arguments, files, beside):
     root = Path(work, "root")
     for d in ("bin", "dev", "proc", "sys", "data", "modules", "tmp", "etc"):
         (root / d).mkdir(parents=True, exist_ok=True)
@@ -357,6 +360,10 @@ def initramfs(work, directory, program, arguments, files):
     for m in with_dependencies(MODULES, directory):
         shutil.copy(m, root / "modules" / m.name)
         loads.append(f"b insmod /modules/{m.name}")
+    # Applets by their own names, for the script that runs beside the program.
+    for applet in ("sh", "sleep", "cp", "mv"):
+        (root / "bin" / applet).symlink_to("busybox")
+    (root / "bin/beside").write_text(beside)
     init = root / "init"
     init.write_text(
         "\n".join(
@@ -368,6 +375,7 @@ def initramfs(work, directory, program, arguments, files):
                 "b mount -t ext4 -o noatime /dev/vda /data || { echo POWERCUT: mount failed; b poweroff -f; }",
                 "b ip link set lo up 2>/dev/null; b ip link set eth0 up 2>/dev/null",
                 "echo POWERCUT: started",
+                "PATH=/bin b sh /bin/beside &",
                 f"/bin/program {' '.join(shlex.quote(a) for a in arguments)}",
                 "echo POWERCUT: program ended $?",
                 "b poweroff -f",
@@ -401,7 +409,10 @@ def job(number, cuts, options, vmlinuz, modules, report):
     rng = random.Random(f"{options.seed}/{number}")
     seen = Seen()
     with tempfile.TemporaryDirectory(prefix="powercut-") as work:
-        archive = initramfs(work, modules, options.program, options.args, options.file)
+        arguments, files, beside = options.args, options.file, ""
+        if options.gateway:
+            arguments, files, beside = site(work)
+        archive = initramfs(work, modules, options.program, arguments, files, beside)
         disk = Disk(blank_disk(work, 32 << 20), f"{work}/disk.sock", random.Random(rng.random()), options.lying_disk)
         capture = (SerialCapture if options.capture == "serial" else FrameCapture)(work, seen)
         done = idle = 0
@@ -433,6 +444,10 @@ def job(number, cuts, options, vmlinuz, modules, report):
                         time.sleep(0.01)
                 elif seen.boot:
                     time.sleep(rng.uniform(0.0, options.longest))
+                    # Half of them strike while something is written: that is when it hurts.
+                    deadline = time.monotonic() + (1 if rng.random() < 0.5 else 0)
+                    while not disk.pending and time.monotonic() < deadline:
+                        time.sleep(0.0005)
                 alive = qemu.poll() is None
             finally:
                 disk.freeze()
@@ -460,14 +475,14 @@ def job(number, cuts, options, vmlinuz, modules, report):
             report.fail(f"job {number}: only {done - idle} of {done} boots sent anything")
         if cuts >= 5 and disk.lost_sectors == 0:
             report.fail(f"job {number}: no cut lost a write, so nothing was tested")
-        report.total(done, seen.pairs, disk.lost_sectors)
+        report.total(done, seen.pairs, seen.keys(), disk.lost_sectors)
 
 
 class Report:
     def __init__(self):
         self.lock = threading.Lock()
         self.failures = []
-        self.cuts = self.pairs = self.lost = 0
+        self.cuts = self.pairs = self.keys = self.lost = 0
 
     def line(self, text):
         with self.lock:
@@ -477,10 +492,11 @@ class Report:
         self.line(f"FAILED: {text}")
         self.failures.append(text)
 
-    def total(self, cuts, pairs, lost):
+    def total(self, cuts, pairs, keys, lost):
         with self.lock:
             self.cuts += cuts
             self.pairs += pairs
+            self.keys += keys
             self.lost += lost
 
 
@@ -497,6 +513,7 @@ def main():
     p.add_argument("--jobs", type=int, default=1, help="guests at a time, each with its own disk and keys")
     p.add_argument("--longest", type=float, default=2.0, help="longest time of sending before a cut, seconds")
     p.add_argument("--seed", default=str(random.randrange(1 << 32)), help="for the moments and the losses")
+    p.add_argument("--gateway", help="this gateway is the program, with a site of its own")
     p.add_argument("--program", help="what the guest runs; its libraries go with it")
     p.add_argument("--args", type=shlex.split, default="/data/leases /dev/vport1p1", help="its arguments")
     p.add_argument("--capture", choices=["serial", "frames"], default="serial")
@@ -507,6 +524,8 @@ def main():
     if isinstance(options.args, str):
         options.args = shlex.split(options.args)
     options.cache.mkdir(parents=True, exist_ok=True)
+    if options.gateway:
+        options.program, options.capture = options.gateway, "frames"
     options.program = options.program or sender()
     vmlinuz, modules = kernel(options.cache)
     print(f"{options.cuts} power cuts, {options.jobs} guests, seed {options.seed}, {vmlinuz.name}")
@@ -528,7 +547,10 @@ def main():
     if report.failures or report.cuts != options.cuts:
         print("\n".join(report.failures) or "a job died", file=sys.stderr)
         return 1
-    print(f"{report.cuts} cuts, {report.pairs} (key, number) pairs, {report.lost} sectors lost: no pair twice")
+    print(
+        f"{report.cuts} cuts, {report.pairs} (key, number) pairs of {report.keys} keys, "
+        f"{report.lost} sectors lost: no pair twice"
+    )
     return 0
 
 
