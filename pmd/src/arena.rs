@@ -24,6 +24,7 @@ use crate::pool::PoolStats;
 mod mapping;
 
 use mapping::Mapping;
+pub(crate) use mapping::memfd;
 
 /// Smallest default head-room: room for the outer Ethernet, VLAN, IPv6, UDP and ESP headers and the IV.
 pub const MIN_HEADROOM: u16 = 128;

@@ -142,6 +142,24 @@ pub enum PortError {
         /// What is wrong.
         reason: String,
     },
+    /// The device behind the port failed.
+    #[error("port {port}: {source}")]
+    Device {
+        /// Port.
+        port: String,
+        /// What is wrong.
+        source: crate::device::DeviceError,
+    },
+    /// No driver knows the device.
+    #[error("port {port}: no driver for device {vendor:04x}:{device:04x}")]
+    UnknownDevice {
+        /// Port.
+        port: String,
+        /// PCI vendor ID.
+        vendor: u16,
+        /// PCI device ID.
+        device: u16,
+    },
     /// The system refused a step of the set-up.
     #[error("port {port}: {step}: {source}")]
     System {
@@ -192,6 +210,11 @@ pub trait PortQueue: Send {
 pub trait Port: Send {
     /// What it is.
     fn info(&self) -> PortInfo;
+
+    /// What control may ask and tell the port while its queues run; `None` for ports without a device of their own.
+    fn control(&self) -> Option<Arc<dyn crate::nic::NicControl>> {
+        None
+    }
 
     /// Opens `n` queue pairs whose frames are `arena`'s.
     ///

@@ -201,7 +201,8 @@ fn round_up(len: usize, page: usize) -> io::Result<usize> {
         .ok_or_else(|| io::ErrorKind::OutOfMemory.into())
 }
 
-fn memfd(name: &str, page: usize) -> io::Result<File> {
+/// A file of memory with pages of `page` bytes.
+pub(crate) fn memfd(name: &str, page: usize) -> io::Result<File> {
     let name: Vec<u8> = name
         .bytes()
         .filter(|&b| b != 0)
