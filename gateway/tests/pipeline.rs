@@ -6,6 +6,7 @@ mod common;
 use common::{GCM, Plan, bed, payload_of, udp};
 use sa_store::drops::{Consumed, DropReason};
 use sa_store::sa::*;
+use sa_store::spd::PolicyIdx;
 use sa_store::suite::{AeadIcv, AesBits, Cipher, Hmac, Suite};
 
 #[test]
@@ -166,6 +167,34 @@ fn policy_bypasses_discards_and_demands_protection() {
     assert_eq!(bed.dropped(true), [(DropReason::PolicyDiscard, 1)]);
     // The bypassed packet arrived in the clear at the right gateway, whose inbound policy does not allow it.
     assert_eq!(bed.dropped(false), [(DropReason::PolicyDiscard, 1)]);
+}
+
+#[test]
+fn every_packet_counts_for_the_policy_that_decided_about_it() {
+    let mut bed = bed(&Plan::default());
+    let protected: Vec<_> = (1..=50)
+        .map(|host| udp(&format!("10.1.0.{host}"), "10.2.0.1", 64, b"protect"))
+        .collect();
+    for _ in 0..3 {
+        bed.send_left(&protected);
+        bed.send_left(&[udp("10.1.0.1", "198.51.100.1", 64, b"no policy")]);
+        bed.settle();
+    }
+    let hits = |gw: &gateway::app::Assembled, direction, name: &str| -> u64 {
+        let snapshot = gw.store.current();
+        let (spd, hits) = match direction {
+            Direction::Out => (&snapshot.spd_out, &gw.hits[0].out),
+            Direction::In => (&snapshot.spd_in, &gw.hits[0].inbound),
+        };
+        let mut named = spd.policies().filter(|(_, p)| p.name == name);
+        let index = named.next().map_or(PolicyIdx::DEFAULT, |(idx, _)| idx);
+        hits[index.index()].value()
+    };
+    let (left, right) = (&bed.left.gw, &bed.right.gw);
+    assert_eq!(hits(left, Direction::Out, "out"), 150);
+    assert_eq!(hits(left, Direction::Out, "web-out"), 0);
+    assert_eq!(hits(left, Direction::Out, "(default)"), 3);
+    assert_eq!(hits(right, Direction::In, "in"), 150);
 }
 
 #[test]

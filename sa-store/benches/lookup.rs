@@ -97,7 +97,13 @@ fn flows(n: u32, policies: u32) -> Vec<FlowKey> {
 
 fn resolve(cache: &mut FlowCache<Verdict>, spd: &Spd, keys: &[FlowKey], out: &mut [Verdict]) {
     for keys in keys.chunks(BURST) {
-        cache.resolve(keys, |k| spd.generation(k), |_, k| spd.lookup(k), out);
+        cache.resolve(
+            keys,
+            |k| spd.generation(k),
+            |_, k| spd.lookup(k),
+            |_, _| (),
+            out,
+        );
         black_box(&out);
     }
 }
@@ -161,7 +167,13 @@ fn changing(c: &mut Criterion) {
                 b.iter(|| {
                     for keys in keys.chunks(BURST) {
                         let spd = reader.load();
-                        cache.resolve(keys, |k| spd.generation(k), |_, k| spd.lookup(k), &mut out);
+                        cache.resolve(
+                            keys,
+                            |k| spd.generation(k),
+                            |_, k| spd.lookup(k),
+                            |_, _| (),
+                            &mut out,
+                        );
                         black_box(&out);
                     }
                 });

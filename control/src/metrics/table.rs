@@ -78,7 +78,7 @@ metrics! {
     SA_EVENTS: COUNTER "esplanade_sa_events_total" ["event"] "Events of SAs: limits, sequence space, leases, forged packets.";
 
     POLICIES: GAUGE "esplanade_policies" ["direction"] "Policies, the default discard not counted.";
-    POLICY_HITS: COUNTER "esplanade_policy_hits_total" ["policy", "direction", "action"] "Packets that the policy decided about.";
+    POLICY_HITS: COUNTER "esplanade_policy_hits_total" ["policy", "direction", "action"] "Packets that the policy decided about; up to a second late under load.";
 
     LEASES: GAUGE "esplanade_leases" [] "Sequence leases in use.";
     LEASES_FAILED: GAUGE "esplanade_leases_failed" [] "Leases that cannot be extended because the lease store failed.";

@@ -81,6 +81,25 @@ pub(super) struct Core {
     rx: Vec<Frame>,
     parsed: Vec<Result<Parsed, DropReason>>,
     receiving: bool,
+    settling: Settling,
+}
+
+/// When the flow caches report packets to the policies' counters.
+#[derive(Default)]
+struct Settling {
+    /// Gateway clock at which the next pass begins.
+    due: u64,
+    out_done: bool,
+    in_done: bool,
+}
+
+impl Settling {
+    /// Between two passes under load, nanoseconds.
+    const EVERY: u64 = 1_000_000_000;
+    /// Sets of a cache per round with and without work. A thousand idle rounds, after which a worker sleeps, are
+    /// enough for a million flows.
+    const BUSY: usize = 4;
+    const IDLE: usize = 128;
 }
 
 impl Core {
@@ -94,6 +113,7 @@ impl Core {
             rx: Vec::with_capacity(BURST),
             parsed: Vec::with_capacity(BURST),
             receiving: true,
+            settling: Settling::default(),
         }
     }
 
@@ -114,9 +134,37 @@ impl Core {
             .ports
             .transmit(&mut self.shared.pool, &self.shared.counters);
         self.flush_handover();
+        self.settle(work);
         let held = self.shared.ports.backlog() + self.inbound.held() + self.outbound.held();
         self.shared.counters.waiting.set(held as u64);
         work
+    }
+
+    /// Brings the policies' counters up to date: a little each round under load, and whenever there is time.
+    #[inline]
+    fn settle(&mut self, work: usize) {
+        let Self {
+            shared,
+            inbound,
+            outbound,
+            settling,
+            ..
+        } = self;
+        if work == 0 {
+            outbound.report_hits(&shared.hits, Settling::IDLE);
+            inbound.report_hits(&shared.hits, Settling::IDLE);
+        } else if shared.now >= settling.due {
+            settling.out_done =
+                settling.out_done || outbound.report_hits(&shared.hits, Settling::BUSY);
+            settling.in_done =
+                settling.in_done || inbound.report_hits(&shared.hits, Settling::BUSY);
+            if settling.out_done && settling.in_done {
+                *settling = Settling {
+                    due: shared.now + Settling::EVERY,
+                    ..Settling::default()
+                };
+            }
+        }
     }
 
     /// Stops taking frames from ports; what is inside still goes through.
@@ -136,6 +184,11 @@ impl Core {
         let shared = &mut self.shared;
         self.inbound.abandon(shared);
         self.outbound.abandon(shared);
+        // From wherever the last pass stopped, then round.
+        for _ in 0..2 {
+            self.inbound.report_hits(&shared.hits, usize::MAX);
+            self.outbound.report_hits(&shared.hits, usize::MAX);
+        }
         shared.ports.abandon(&mut shared.pool, &shared.counters);
         let mut late = Vec::new();
         shared.handover.receive(usize::MAX, |h| late.push(h.frame));

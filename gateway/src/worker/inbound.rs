@@ -65,6 +65,12 @@ impl Inbound {
         self.reassembly.as_ref().map_or(0, Reassembler::held)
     }
 
+    /// Counts the policies' packets of some flows. True at the end of a pass over all.
+    #[inline]
+    pub(super) fn report_hits(&mut self, hits: &PolicyHits, sets: usize) -> bool {
+        self.flows.is_settled() || self.flows.settle(sets, PolicyHits::count(&hits.inbound))
+    }
+
     /// Ends what waits.
     pub(super) fn abandon(&mut self, shared: &mut Shared) {
         if let Some(r) = &mut self.reassembly {
@@ -204,7 +210,7 @@ impl Inbound {
             let info = opened.next();
             if via.is_some()
                 && let Some(verdict) = verdicts.next()
-                && let Err(reason) = accept(shared, verdict.inbound(via))
+                && let Err(reason) = accept(verdict.inbound(via))
             {
                 refuse_selector(snapshot, job.sa);
                 shared.drop(job.frame, reason);
@@ -266,6 +272,7 @@ impl Inbound {
                 misses += 1;
                 spd.lookup(key)
             },
+            PolicyHits::count(&shared.hits.inbound),
             &mut self.verdicts,
         );
         shared.counters.flow_misses.add(misses);
@@ -276,15 +283,19 @@ impl Inbound {
     #[inline]
     fn verdict(&mut self, shared: &Shared, snapshot: &Snapshot, key: &FlowKey) -> Verdict {
         let spd = &snapshot.spd_in;
-        let generation = spd.generation(key);
-        if let Some(v) = self.flows.lookup(key, generation) {
-            shared.counters.flow_hits.add(1);
-            return v;
-        }
-        shared.counters.flow_misses.add(1);
-        let v = spd.lookup(key);
-        self.flows.insert(key, generation, v);
-        v
+        let mut misses = 0;
+        let verdict = self.flows.resolve_one(
+            key,
+            spd.generation(key),
+            |key| {
+                misses = 1;
+                spd.lookup(key)
+            },
+            PolicyHits::count(&shared.hits.inbound),
+        );
+        shared.counters.flow_misses.add(misses);
+        shared.counters.flow_hits.add(1 - misses);
+        verdict
     }
 
     /// Clear text from the unprotected side, RFC 4301 section 5.2: allowed only by a bypass policy.
@@ -308,8 +319,7 @@ impl Inbound {
         let vrf = shared.vrf(info.port);
         let key = flow_key(&info.p, vrf);
         match self.verdict(shared, snapshot, &key).inbound(None) {
-            InboundVerdict::Accept { policy } => {
-                PolicyHits::hit(&shared.hits.inbound, policy.index());
+            InboundVerdict::Accept { .. } => {
                 if shared.is_local(&info.p, vrf) {
                     shared.drop(frame, DropReason::NotForUs);
                 } else {
@@ -317,10 +327,7 @@ impl Inbound {
                     out.forward.push(frame, *info);
                 }
             }
-            InboundVerdict::Drop { reason, policy } => {
-                PolicyHits::hit(&shared.hits.inbound, policy.index());
-                shared.drop(frame, reason);
-            }
+            InboundVerdict::Drop { reason, .. } => shared.drop(frame, reason),
         }
     }
 
@@ -384,18 +391,12 @@ enum Judged {
     Dropped(DropReason),
 }
 
-/// Counts the policy and says whether it lets the packet in.
+/// Whether the policy lets the packet in.
 #[inline]
-fn accept(shared: &Shared, verdict: InboundVerdict) -> Result<(), DropReason> {
+fn accept(verdict: InboundVerdict) -> Result<(), DropReason> {
     match verdict {
-        InboundVerdict::Accept { policy } => {
-            PolicyHits::hit(&shared.hits.inbound, policy.index());
-            Ok(())
-        }
-        InboundVerdict::Drop { reason, policy } => {
-            PolicyHits::hit(&shared.hits.inbound, policy.index());
-            Err(reason)
-        }
+        InboundVerdict::Accept { .. } => Ok(()),
+        InboundVerdict::Drop { reason, .. } => Err(reason),
     }
 }
 

@@ -55,7 +55,7 @@ pub(crate) const fn is_icmp(proto: u8) -> bool {
 /// Everything that policies and routes may look at, in the packet's direction of travel.
 ///
 /// Six words, so that comparing, hashing and masking need no branch on a field:
-/// `[0]` protocol, class, family, VRF and ports; `[1]` interface id;
+/// `[0]` protocol, class, family, VRF and ports; `[1]` interface id, its upper half empty;
 /// `[2]` both IPv4 addresses, or `[2..4]` IPv6 source and `[4..6]` IPv6 destination.
 ///
 /// The default key is that of no packet that was parsed: IPv4, all zeros.
