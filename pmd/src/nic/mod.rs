@@ -91,7 +91,7 @@ pub struct Driver {
 }
 
 /// All drivers. No ID is in two of them.
-pub const DRIVERS: &[Driver] = &[];
+pub const DRIVERS: &[Driver] = &[crate::vmxnet3::DRIVER];
 
 /// The driver for a PCI device.
 pub fn driver_of(vendor: u16, device: u16) -> Option<&'static Driver> {

@@ -447,7 +447,9 @@ impl Adapter {
             // Both kinds: two of segmentation offload, then packets and bytes of unicast, multicast, broadcast, then two kinds
             // of loss.
             let three = |kind, first| {
-                (0..3).fold(0u64, |sum, n: usize| sum.wrapping_add(word(kind, first + 2 * n)))
+                (0..3).fold(0u64, |sum, n: usize| {
+                    sum.wrapping_add(word(kind, first + 2 * n))
+                })
             };
             sum += DeviceCounters {
                 tx_packets: three(0, 2),

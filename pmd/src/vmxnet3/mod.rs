@@ -24,7 +24,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use crate::arena::Arena;
 use crate::device::ring::FrameRing;
 use crate::device::{Device, DeviceError, DmaMem, IovaClass, Mmio};
-use crate::nic::{Link, NicControl, NicOptions};
+use crate::nic::{Driver, Link, NicControl, NicOptions};
 use crate::pool::Pool;
 use crate::port::{MacAddr, Port, PortError, PortInfo, PortQueue, check_queues};
 
@@ -172,10 +172,14 @@ pub struct Vmxnet3Control {
 }
 
 /// For the table of drivers.
-///
-/// # Errors
-/// As [`Vmxnet3Port::open`].
-pub fn open(device: Arc<dyn Device>, options: &NicOptions) -> Result<Box<dyn Port>, PortError> {
+pub const DRIVER: Driver = Driver {
+    name: "vmxnet3",
+    ids: &[(0x15ad, 0x07b0)],
+    experimental: false,
+    open,
+};
+
+fn open(device: Arc<dyn Device>, options: &NicOptions) -> Result<Box<dyn Port>, PortError> {
     let defaults = Vmxnet3Config::default();
     let config = Vmxnet3Config {
         name: options.name.clone(),
@@ -194,10 +198,7 @@ impl Vmxnet3Port {
     ///
     /// # Errors
     /// `Setting` for a configuration that cannot be, `Device` when the device refuses.
-    pub fn open(
-        device: Arc<dyn Device>,
-        config: Vmxnet3Config,
-    ) -> Result<Vmxnet3Port, PortError> {
+    pub fn open(device: Arc<dyn Device>, config: Vmxnet3Config) -> Result<Vmxnet3Port, PortError> {
         let port = config.name.clone();
         check(&config).map_err(|reason| PortError::Setting {
             port: port.clone(),
@@ -258,11 +259,7 @@ impl Vmxnet3Port {
     ///
     /// # Errors
     /// See [`PortError`].
-    pub fn open_queues(
-        self,
-        n: usize,
-        arena: &Arc<Arena>,
-    ) -> Result<Vec<Vmxnet3Queue>, PortError> {
+    pub fn open_queues(self, n: usize, arena: &Arc<Arena>) -> Result<Vec<Vmxnet3Queue>, PortError> {
         let port = self.config.name.clone();
         check_queues(&port, n, MAX_QUEUES)?;
         if !n.is_power_of_two() {
@@ -343,7 +340,10 @@ impl Vmxnet3Port {
             let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
             let rx = RxRing::new(
                 device,
-                [frames(self.config.rx_ring, arena)?, frames(rx::BODIES, arena)?],
+                [
+                    frames(self.config.rx_ring, arena)?,
+                    frames(rx::BODIES, arena)?,
+                ],
                 queues.slice((n + q) * QUEUE_LEN, QUEUE_LEN)?,
                 [register(RXPROD, q)?, register(RXPROD2, q)?],
                 [number(q), number(n + q)],

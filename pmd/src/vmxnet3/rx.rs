@@ -225,7 +225,11 @@ impl RxRing {
         };
         if !ends {
             self.open = Some((whole, fits && good));
-            return if broken { Received::Error } else { Received::Part };
+            return if broken {
+                Received::Error
+            } else {
+                Received::Part
+            };
         }
         if fits && good && !broken && whole.len() >= 14 {
             return Received::Frame(whole);

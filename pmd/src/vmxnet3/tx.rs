@@ -105,7 +105,12 @@ impl TxRing {
 
     /// Fills descriptors from the front of `frames` and rings when it is time.
     #[inline]
-    pub(super) fn send(&mut self, map: &ArenaMap, pool: &mut Pool, frames: &mut Vec<Frame>) -> Sent {
+    pub(super) fn send(
+        &mut self,
+        map: &ArenaMap,
+        pool: &mut Pool,
+        frames: &mut Vec<Frame>,
+    ) -> Sent {
         let mut sent = Sent::default();
         // One descriptor stays empty.
         let n = frames
