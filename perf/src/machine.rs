@@ -115,6 +115,13 @@ pub fn pin(cpu: Option<usize>) -> Option<usize> {
     Some(wanted)
 }
 
+/// CPU that the calling thread is pinned to, if it is one alone.
+pub fn pinned() -> Option<usize> {
+    let set = sched_getaffinity(Pid::from_raw(0)).ok()?;
+    let mut own = (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false));
+    own.next().filter(|_| own.next().is_none())
+}
+
 /// Huge pages reserved for the life of this value, one process at a time.
 #[derive(Debug)]
 pub struct HugePages {

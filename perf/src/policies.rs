@@ -1,5 +1,6 @@
 //! What policies cost: one against many at the same number of flows and SAs, at rest and while they change.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -7,7 +8,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use anyhow::Result;
 use sa_store::policy::{Action, Policy};
 use sa_store::sa::Direction;
-use sa_store::spd::{Spd, TunnelIdx};
+use sa_store::spd::{Edit, Spd, TunnelIdx};
 use sa_store::store::Store;
 
 use crate::clock::median;
@@ -62,7 +63,11 @@ pub fn while_changing(bench: &Bench<'_>, scenario: &Scenario) -> Result<Cost> {
     let stop = AtomicBool::new(false);
     let (tables, made) = sync_channel(1);
     std::thread::scope(|scope| {
+        // A thread starts where its maker is pinned: on this CPU it might never get to leave it.
+        let own = crate::machine::pinned();
+        crate::machine::pin(Some(0));
         let maker = scope.spawn(|| make_tables(scenario, first, &tables, &stop));
+        crate::machine::pin(own);
         let mut updates = 0;
         let series = bench.run(&mut rig, |store| {
             updates += publish(store, scenario.direction, &made);
@@ -95,32 +100,32 @@ fn publish(store: &mut Store, direction: Direction, made: &Receiver<Arc<Spd>>) -
     1
 }
 
-/// Tables with and without the changing policies, in turn.
+/// Tables with and without the changing policies, in turn, each made from the one before.
 fn make_tables(
     scenario: &Scenario,
     mut spd: Arc<Spd>,
     tables: &SyncSender<Arc<Spd>>,
     stop: &AtomicBool,
 ) -> Result<()> {
-    // The measuring thread was pinned, and threads inherit that.
-    crate::machine::pin(Some(0));
-    let without = scenario.policy_list(scenario.direction);
-    let mut with = without.clone();
-    with.extend((0..CHANGING).map(|n| changing(n, scenario.direction)));
+    let list = (0..CHANGING).map(|n| changing(n, scenario.direction));
+    let (put, remove): (Vec<_>, Vec<_>) = list
+        .map(|p| (Edit::Put(p.clone()), Edit::Remove(p.name)))
+        .unzip();
     // Versions in use by the other thread end here, so that freeing them costs no time on the clock.
-    let mut kept = Vec::new();
-    for list in [&with, &without].into_iter().cycle() {
+    let mut kept = VecDeque::new();
+    for edits in [&put, &remove].into_iter().cycle() {
         if stop.load(Ordering::Relaxed) {
             break;
         }
-        let (next, _) = spd.updated(list, tunnel)?;
+        let (next, _) = spd.edited(edits, tunnel)?;
         spd = Arc::new(next);
-        kept.push(Arc::clone(&spd));
+        kept.push_back(Arc::clone(&spd));
         if tables.send(Arc::clone(&spd)).is_err() {
             break;
         }
-        let old = kept.len().saturating_sub(8);
-        kept.drain(..old);
+        if kept.len() > 8 {
+            kept.pop_front();
+        }
     }
     Ok(())
 }

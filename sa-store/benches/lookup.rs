@@ -14,7 +14,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use sa_store::flow::{FlowCache, FlowKey, L4};
 use sa_store::policy::{Action, AddrRange, Policy, Ports, Selector};
 use sa_store::sa::{Direction, IfId, Vrf};
-use sa_store::spd::{SelectorSet, Spd, TunnelIdx, Verdict};
+use sa_store::spd::{Edit, SelectorSet, Spd, TunnelIdx, Verdict};
 
 const BURST: usize = 64;
 
@@ -224,6 +224,14 @@ fn updates(c: &mut Criterion) {
         let removed = spd.updated(&fewer, tunnel).expect("policies").0;
         g.bench_function(BenchmarkId::new("insert_one", n), |b| {
             b.iter(|| removed.updated(&list, tunnel).expect("policies"));
+        });
+        let (name, policy) = (list[0].name.clone(), list[0].clone());
+        g.bench_function(BenchmarkId::new("edit_one", n), |b| {
+            let mut spd = spd.clone();
+            b.iter(|| {
+                let edits = [Edit::Remove(name.clone()), Edit::Put(policy.clone())];
+                spd = spd.edited(&edits, tunnel).expect("policies").0;
+            });
         });
     }
     g.finish();

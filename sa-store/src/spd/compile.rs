@@ -16,6 +16,12 @@ pub enum SpdError {
         /// The policy.
         policy: String,
     },
+    /// The policy to be removed does not exist.
+    #[error("there is no policy {policy}")]
+    NoSuchPolicy {
+        /// The policy.
+        policy: String,
+    },
     /// The tunnel that the policy names does not exist.
     #[error("policy {policy}: there is no tunnel {tunnel}")]
     UnknownTunnel {

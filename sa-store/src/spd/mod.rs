@@ -26,6 +26,7 @@ mod cell;
 mod compile;
 mod cover;
 mod fragment;
+mod items;
 mod labels;
 #[cfg(test)]
 mod reference;
@@ -35,18 +36,16 @@ mod space;
 mod update;
 mod verdict;
 
-use std::sync::Arc;
-
 pub use compile::SpdError;
 pub use selectors::SelectorSet;
-pub use update::Changes;
+pub use update::{Changes, Edit};
 pub use verdict::{Action, InboundVerdict, PolicyIdx, TunnelIdx, Verdict};
 
 use crate::flow::FlowKey;
 use crate::policy::Policy;
 use crate::sa::Direction;
 pub(crate) use cell::fold;
-use compile::Item;
+use items::Items;
 use regions::Regions;
 use space::Space;
 
@@ -57,8 +56,7 @@ pub struct Spd {
     v4: Family<u32>,
     v6: Family<u128>,
     regions: Regions,
-    /// In file order.
-    items: Vec<Arc<Item>>,
+    items: Items,
     ids: update::Ids,
 }
 
@@ -78,7 +76,7 @@ impl Spd {
             v4: Family::new(),
             v6: Family::new(),
             regions: Regions::new(),
-            items: Vec::new(),
+            items: Items::new(),
             ids: update::Ids::default(),
         }
     }
@@ -139,10 +137,10 @@ impl Spd {
 
     /// Whether there is nothing but the default discard.
     pub fn is_empty(&self) -> bool {
-        self.items.is_empty()
+        self.items.len() == 0
     }
 
-    /// Policies in file order with their numbers.
+    /// Policies in the order of look-up (priority, then file) with their numbers.
     pub fn policies(&self) -> impl Iterator<Item = (PolicyIdx, &Policy)> {
         self.items.iter().map(|i| (i.id, &i.policy))
     }

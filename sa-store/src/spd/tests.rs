@@ -324,6 +324,22 @@ fn faulty_policies_are_refused_by_name() {
 }
 
 #[test]
+fn an_edit_of_what_is_not_there_changes_nothing() {
+    let p = pol("a", 1, sel(ANY, ANY, None, Ports::Any), protect("t1"));
+    let spd = build(std::slice::from_ref(&p));
+    let gone = crate::spd::Edit::Remove("b".into());
+    let err = spd.edited(&[gone], tunnel).err();
+    assert_eq!(err, Some(SpdError::NoSuchPolicy { policy: "b".into() }));
+    let same = crate::spd::Edit::Put(p.clone());
+    let other = crate::spd::Edit::Put(Policy {
+        direction: Direction::In,
+        ..p
+    });
+    let (_, changes) = spd.edited(&[same, other], tunnel).expect("valid");
+    assert_eq!(changes, Changes::default());
+}
+
+#[test]
 fn numbers_of_policies_survive_updates_by_name() {
     let p = |n: &str, prio| pol(n, prio, sel(ANY, ANY, None, Ports::Any), protect("t1"));
     let a = build(&[p("a", 1), p("b", 2), p("c", 3)]);
@@ -550,6 +566,51 @@ proptest! {
                 }
             }
         }
+    }
+
+    #[test]
+    fn single_edits_decide_like_the_whole_list_and_leave_no_outdated_verdict(
+        mut list in policies(),
+        edits in prop::collection::vec((any::<usize>(), policy_of(0), any::<bool>()), 1..12),
+        keys in prop::collection::vec(packet(), 40),
+    ) {
+        list.retain(|p| p.direction == Direction::Out);
+        let mut spd = build(&list);
+        let mut cache: Vec<_> = keys.iter().map(|k| (spd.lookup(k), spd.generation(k))).collect();
+        for (n, (at, mut p, remove)) in edits.into_iter().enumerate() {
+            // Every third policy is new.
+            let at = at % (list.len() + list.len() / 2 + 1);
+            p.direction = Direction::Out;
+            p.name = list.get(at).map_or(format!("new{n}"), |old| old.name.clone());
+            let edit = if remove && at < list.len() {
+                list.remove(at);
+                crate::spd::Edit::Remove(p.name)
+            } else {
+                match list.get_mut(at) {
+                    Some(old) if old.priority == p.priority => *old = p.clone(),
+                    old => {
+                        if old.is_some() {
+                            list.remove(at);
+                        }
+                        list.push(p.clone());
+                    }
+                }
+                crate::spd::Edit::Put(p)
+            };
+            spd = spd.edited(&[edit], tunnel).expect("valid edit").0;
+            prop_assert_eq!(spd.len(), list.len());
+            for (k, (verdict, generation)) in keys.iter().zip(&mut cache) {
+                assert_equals_reference(&spd, &list, k)?;
+                if spd.generation(k) == *generation {
+                    prop_assert_eq!(spd.lookup(k), *verdict, "{:?}", k);
+                } else {
+                    (*verdict, *generation) = (spd.lookup(k), spd.generation(k));
+                }
+            }
+        }
+        // The file that says the same finds nothing to do.
+        let (_, changes) = spd.updated(&list, tunnel).expect("valid policies");
+        prop_assert_eq!(changes, Changes::default());
     }
 
     #[test]

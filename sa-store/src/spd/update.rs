@@ -68,6 +68,16 @@ struct Entry<'a> {
     moved: bool,
 }
 
+/// One change to a table, see [`Spd::edited`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Edit {
+    /// Replaces the policy of that name, which keeps its place among those of its priority; a new one, or one of
+    /// another priority than before, comes behind all others of its priority.
+    Put(Policy),
+    /// Takes away the policy of that name.
+    Remove(String),
+}
+
 impl Spd {
     /// The table of `policies` (all of the file, in order; those of the other direction are ignored),
     /// sharing with this one whatever did not change.
@@ -83,45 +93,129 @@ impl Spd {
         for p in policies.iter().filter(|p| p.direction == self.direction) {
             new.push((p, resolve(p, &tunnel)?));
         }
+        // In the order of look-up; the file's order decides among equals.
+        new.sort_by_key(|(p, _)| p.priority);
         // Most updates touch few policies: both lists have a long head and tail in common.
         let same = |(item, (p, action)): &(&Arc<Item>, &(&Policy, Action))| {
             item.action == *action && item.policy == **p
         };
         let old = &self.items;
         let head = old.iter().zip(&new).take_while(same).count();
-        let (old_rest, new_rest) = (old[head..].iter().rev(), new[head..].iter().rev());
-        let tail = old_rest.zip(new_rest).take_while(same).count();
+        let rest = old.len().min(new.len()) - head;
+        let tails = old.iter().rev().zip(new.iter().rev()).take(rest);
+        let tail = tails.take_while(same).count();
         if old.len() == head + tail && new.len() == head + tail {
             return Ok((self.clone(), Changes::default()));
         }
-        let mut entries = self.compare(head, tail, &new)?;
-        if rank_between(&old[..head], &mut entries, &old[old.len() - tail..]) {
-            return Ok(self.assemble(head, tail, &entries));
+        let middle: Vec<_> = old
+            .iter()
+            .skip(head)
+            .take(old.len() - head - tail)
+            .collect();
+        let mut entries = self.compare(&middle, &new[head..new.len() - tail])?;
+        let before = head.checked_sub(1).and_then(|n| old.iter().nth(n));
+        let after = old.iter().nth(old.len() - tail);
+        if rank_between(before, &mut entries, after) {
+            return Ok(self.assemble(&middle, &entries));
         }
-        let mut entries = self.compare(0, 0, &new)?;
+        let all: Vec<_> = old.iter().collect();
+        let mut entries = self.compare(&all, &new)?;
         rank_all(&mut entries);
-        Ok(self.assemble(0, 0, &entries))
+        Ok(self.assemble(&all, &entries))
     }
 
-    /// The part of the new list between the common head and tail, each with its old counterpart.
+    /// This table after `edits`, one after the other; policies of the other direction are ignored. Takes time in
+    /// proportion to the edits, hardly to the table.
+    ///
+    /// # Errors
+    /// See [`SpdError`]; this table is as it was.
+    pub fn edited(
+        &self,
+        edits: &[Edit],
+        tunnel: impl Fn(&str) -> Option<TunnelIdx>,
+    ) -> Result<(Self, Changes), SpdError> {
+        let mut spd = self.clone();
+        let mut changes = Changes::default();
+        for edit in edits {
+            let (next, more) = spd.edited_once(edit, &tunnel)?;
+            spd = next;
+            changes.add(more);
+        }
+        Ok((spd, changes))
+    }
+
+    fn edited_once(
+        &self,
+        edit: &Edit,
+        tunnel: &impl Fn(&str) -> Option<TunnelIdx>,
+    ) -> Result<(Self, Changes), SpdError> {
+        let policy = match edit {
+            Edit::Remove(name) => {
+                let gone = self
+                    .items
+                    .named(name)
+                    .ok_or_else(|| SpdError::NoSuchPolicy {
+                        policy: name.clone(),
+                    })?;
+                return Ok(self.assemble(&[gone], &[]));
+            }
+            Edit::Put(policy) => policy,
+        };
+        validate(policy)?;
+        if policy.direction != self.direction {
+            return Ok((self.clone(), Changes::default()));
+        }
+        let action = resolve(policy, tunnel)?;
+        let old = self.items.named(&policy.name);
+        let stays = old.filter(|i| i.policy.priority == policy.priority);
+        let mut entry = Entry {
+            policy,
+            action,
+            old,
+            same: old.is_some_and(|i| i.action == action && i.policy == *policy),
+            rank: stays.map_or(Rank::LAST, |i| i.rank),
+            moved: false,
+        };
+        if entry.same {
+            return Ok((self.clone(), Changes::default()));
+        }
+        let old: Vec<_> = old.into_iter().collect();
+        if stays.is_some() {
+            return Ok(self.assemble(&old, &[entry]));
+        }
+        let last = self.items.last_up_to(policy.priority);
+        let below = last.filter(|i| i.policy.priority == policy.priority);
+        if let Some(places) = labels::assign_between(below.map(|i| i.rank.label()), &[None], None) {
+            places.into_iter().for_each(|place| entry.place(place));
+            return Ok(self.assemble(&old, &[entry]));
+        }
+        // The labels are used up: all are given anew.
+        let others = self.items.iter().filter(|i| i.policy.name != policy.name);
+        let mut list: Vec<_> = others.map(|i| i.policy.clone()).collect();
+        list.push(policy.clone());
+        self.updated(&list, tunnel)
+    }
+
+    /// The part of the new list that takes the place of `middle`, each with its old counterpart.
     fn compare<'a>(
         &'a self,
-        head: usize,
-        tail: usize,
+        middle: &[&'a Arc<Item>],
         new: &[(&'a Policy, Action)],
     ) -> Result<Vec<Entry<'a>>, SpdError> {
-        let (before, rest) = self.items.split_at(head);
-        let (middle, after) = rest.split_at(rest.len() - tail);
         let mut names: HashMap<&str, &Arc<Item>, FxBuildHasher> = HashMap::default();
-        names.extend(middle.iter().map(|i| (i.policy.name.as_str(), i)));
+        names.extend(middle.iter().map(|i| (i.policy.name.as_str(), *i)));
         let mut seen: HashSet<&str, FxBuildHasher> = HashSet::default();
         let mut entries = Vec::new();
-        for &(policy, action) in &new[head..new.len() - tail] {
+        for &(policy, action) in new {
             validate(policy)?;
             if !seen.insert(&policy.name) {
                 return Err(duplicate(policy));
             }
             let old = names.get(policy.name.as_str()).copied();
+            // A name that the unchanged head or tail has.
+            if old.is_none() && self.items.named(&policy.name).is_some() {
+                return Err(duplicate(policy));
+            }
             entries.push(Entry {
                 policy,
                 action,
@@ -131,18 +225,11 @@ impl Spd {
                 moved: false,
             });
         }
-        seen.retain(|n| !names.contains_key(n));
-        let mut unchanged = before.iter().chain(after);
-        match unchanged.find(|i| !seen.is_empty() && seen.contains(i.policy.name.as_str())) {
-            Some(i) => Err(duplicate(&i.policy)),
-            None => Ok(entries),
-        }
+        Ok(entries)
     }
 
-    /// The new table: `head` and `tail` policies stay, `entries` take the place of those between.
-    fn assemble(&self, head: usize, tail: usize, entries: &[Entry<'_>]) -> (Self, Changes) {
-        let (before, rest) = self.items.split_at(head);
-        let (middle, after) = rest.split_at(rest.len() - tail);
+    /// The new table: `entries` take the place of the policies `middle`.
+    fn assemble(&self, middle: &[&Arc<Item>], entries: &[Entry<'_>]) -> (Self, Changes) {
         let mut spd = self.clone();
         let mut delta = Delta::default();
         let mut changes = Changes::default();
@@ -155,18 +242,18 @@ impl Spd {
                 changes.voids_all = !spd.regions.void(&s.dst, p.vrf.0, epoch);
             }
         };
-        let kept: HashSet<PolicyIdx, FxBuildHasher> =
-            entries.iter().filter_map(|e| Some(e.old?.id)).collect();
-        let mut items = Vec::with_capacity(head + entries.len() + tail);
-        items.extend_from_slice(before);
+        let mut gone: HashMap<PolicyIdx, &Arc<Item>, FxBuildHasher> =
+            middle.iter().map(|i| (i.id, *i)).collect();
+        let (mut out, mut new) = (Vec::new(), Vec::new());
         for e in entries {
             let id = match e.old {
                 Some(old) => {
+                    gone.remove(&old.id);
                     if e.same && e.rank == old.rank {
-                        items.push(Arc::clone(old));
                         continue;
                     }
                     delta.remove(old);
+                    out.push(old);
                     if !e.same || e.moved {
                         void(&old.policy);
                         changes.changed += 1;
@@ -189,18 +276,28 @@ impl Spd {
                 policy: e.policy.clone(),
             });
             delta.add(&item);
-            items.push(item);
+            new.push(item);
         }
-        items.extend_from_slice(after);
-        for gone in middle.iter().filter(|i| !kept.contains(&i.id)) {
-            delta.remove(gone);
-            void(&gone.policy);
-            changes.removed.push(gone.id);
+        // In their old order, so that numbers are freed in an order that one can foresee.
+        for item in middle.iter().filter(|i| gone.contains_key(&i.id)) {
+            delta.remove(item);
+            out.push(item);
+            void(&item.policy);
+            changes.removed.push(item.id);
         }
         spd.ids.free.extend(&changes.removed);
-        spd.items = items;
+        spd.items = self.items.changed(&out, new);
         delta.apply(&mut spd);
         (spd, changes)
+    }
+}
+
+impl Changes {
+    fn add(&mut self, more: Self) {
+        self.added.extend(more.added);
+        self.removed.extend(more.removed);
+        self.changed += more.changed;
+        self.voids_all |= more.voids_all;
     }
 }
 
@@ -223,7 +320,7 @@ fn duplicate(p: &Policy) -> SpdError {
     }
 }
 
-/// Positions of the entries of each priority, in file order.
+/// Positions of the entries of each priority, in order.
 fn by_priority(entries: &[Entry<'_>]) -> BTreeMap<u32, Vec<usize>> {
     let mut groups: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
     for (i, e) in entries.iter().enumerate() {
@@ -232,12 +329,15 @@ fn by_priority(entries: &[Entry<'_>]) -> BTreeMap<u32, Vec<usize>> {
     groups
 }
 
-/// Ranks the entries between policies that stay. False when these leave no room.
-fn rank_between(before: &[Arc<Item>], entries: &mut [Entry<'_>], after: &[Arc<Item>]) -> bool {
+/// Ranks the entries between the policies `before` and `after`, which stay. False when these leave no room.
+fn rank_between(
+    before: Option<&Arc<Item>>,
+    entries: &mut [Entry<'_>],
+    after: Option<&Arc<Item>>,
+) -> bool {
     for (priority, group) in by_priority(entries) {
         let label = |i: &Arc<Item>| (i.policy.priority == priority).then(|| i.rank.label());
-        let below = before.iter().rev().find_map(label);
-        let above = after.iter().find_map(label);
+        let (below, above) = (before.and_then(label), after.and_then(label));
         let old: Vec<_> = group.iter().map(|&i| entries[i].old_label()).collect();
         let Some(places) = labels::assign_between(below, &old, above) else {
             return false;
