@@ -221,7 +221,7 @@ impl Adapter {
     /// Stops the device and has all queues restart: because of a fault, or because somebody asked for it.
     pub(super) fn trip(&self, fault: Option<Fault>) {
         let mut inner = self.lock();
-        if !matches!(inner.phase, Phase::Running) || self.closed.load(Ordering::Acquire) {
+        if !self.answers(&inner) {
             return;
         }
         if let Some(fault) = fault {
@@ -253,7 +253,7 @@ impl Adapter {
         if matches!(inner.phase, Phase::Closed) {
             return;
         }
-        if matches!(inner.phase, Phase::Running) {
+        if self.answers(&inner) {
             self.save_counters(&mut inner);
         }
         self.halt_now();
@@ -283,7 +283,7 @@ impl Adapter {
         let mut failed = false;
         {
             let inner = self.lock();
-            if !matches!(inner.phase, Phase::Running) {
+            if !self.answers(&inner) {
                 return;
             }
             let events = self.shared.read32(SHARED_EVENTS);
@@ -310,7 +310,7 @@ impl Adapter {
     /// Asks the device for the link state.
     pub(super) fn link(&self) -> Link {
         let inner = self.lock();
-        if matches!(inner.phase, Phase::Running) {
+        if self.answers(&inner) {
             self.read_link(&inner);
         }
         drop(inner);
@@ -343,7 +343,7 @@ impl Adapter {
     pub(super) fn set_filter(&self, change: impl FnOnce(&mut Filter)) {
         let mut inner = self.lock();
         change(&mut inner.filter);
-        if matches!(inner.phase, Phase::Running) {
+        if self.answers(&inner) {
             self.write_filter(&inner);
         }
     }
@@ -352,7 +352,7 @@ impl Adapter {
     pub(super) fn counters(&self) -> DeviceCounters {
         let inner = self.lock();
         let mut sum = inner.before;
-        if matches!(inner.phase, Phase::Running) {
+        if self.answers(&inner) {
             sum += self.read_counters(&inner);
         }
         sum
@@ -469,6 +469,11 @@ impl Adapter {
     fn save_counters(&self, inner: &mut Inner) {
         let last = self.read_counters(inner);
         inner.before += last;
+    }
+
+    /// Whether the device runs, and may use memory for its answers.
+    fn answers(&self, inner: &Inner) -> bool {
+        matches!(inner.phase, Phase::Running) && !self.closed.load(Ordering::Acquire)
     }
 
     fn note(&self, fault: Fault) {

@@ -29,9 +29,13 @@ use crate::pool::Pool;
 use crate::port::{MacAddr, Port, PortError, PortInfo, PortQueue, check_queues};
 
 mod adapter;
+pub mod fuzz;
+pub mod model;
 mod queue;
 pub mod regs;
 mod rx;
+#[cfg(test)]
+mod tests;
 mod tx;
 
 use adapter::{Adapter, Parts};
