@@ -21,15 +21,16 @@ use crate::arena::Arena;
 mod barrier;
 mod dma;
 mod heap;
+mod interrupt;
 pub mod iova;
-#[allow(dead_code, reason = "for VFIO, which comes next")]
+#[allow(dead_code, reason = "files are for vfio-user, which comes next")]
 mod map;
-#[allow(dead_code, reason = "for VFIO, which comes next")]
 mod memory;
 mod mmio;
 pub mod model;
 pub mod pci;
 pub mod ring;
+pub mod vfio;
 
 pub use barrier::{fence_acquire, fence_full, fence_release};
 pub use dma::DmaMem;
@@ -128,6 +129,12 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// [`DeviceError::Unsupported`] when the device cannot be reset; what the system answers.
     fn reset(&self) -> Result<(), DeviceError>;
+
+    /// True once after the system asked to have the device back: its driver is being unbound or it is being removed. The
+    /// system waits until the device is dropped.
+    fn removal_requested(&self) -> bool {
+        false
+    }
 
     /// The NUMA node that the device is attached to, where the system knows.
     fn numa_node(&self) -> Option<u32> {

@@ -13,9 +13,8 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::sys::eventfd::{EfdFlags, EventFd};
-
 use super::heap::DmaSpace;
+use super::interrupt::eventfds;
 use super::iova::IovaSpace;
 use super::map::{Mapper, MemoryRange, Translation};
 use super::memory::Pages;
@@ -334,22 +333,6 @@ impl Drop for ModelDevice {
         // Cannot fail: no system is involved.
         let _ = self.reset();
     }
-}
-
-/// `n` non-blocking eventfds, and a second handle of each for the side that signals.
-pub(crate) fn eventfds(n: usize) -> Result<(Vec<OwnedFd>, Vec<OwnedFd>), DeviceError> {
-    let system = |e: nix::Error| DeviceError::system("eventfd")(e.into());
-    let mut ours = Vec::with_capacity(n);
-    let mut theirs = Vec::with_capacity(n);
-    for _ in 0..n {
-        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
-        let fd: OwnedFd = EventFd::from_value_and_flags(0, flags)
-            .map_err(system)?
-            .into();
-        theirs.push(fd.try_clone().map_err(DeviceError::system("dup"))?);
-        ours.push(fd);
-    }
-    Ok((ours, theirs))
 }
 
 fn get(config: &[u8], offset: usize, size: usize) -> u32 {
