@@ -130,7 +130,14 @@ pub fn open(config: &GatewayConfig) -> Result<Opened, OpenError> {
                     .map_or(workers, usize::from)
                     .min(info.max_queues)
                     .max(1);
+                let mut info = info;
                 let queues = opened.queues(count, &arena).map_err(fail)?;
+                // What was asked for may have left a choice.
+                let mut modes: Vec<&str> = queues.iter().filter_map(|q| q.mode()).collect();
+                modes.dedup();
+                if !modes.is_empty() {
+                    info.mode = modes.join(", ");
+                }
                 tracing::info!(port = %port.name, kind = info.kind, mode = %info.mode, queues = count, mtu = info.mtu, "port open");
                 let queues = queues
                     .into_iter()
