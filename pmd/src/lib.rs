@@ -12,6 +12,7 @@ pub mod device;
 pub mod engine;
 pub mod fault;
 pub mod frame;
+pub mod intel;
 pub mod memory;
 mod netif;
 pub mod nic;
@@ -19,7 +20,6 @@ pub mod pcap;
 pub mod pool;
 pub mod port;
 pub mod tap;
-pub mod virtio;
 pub mod vmxnet3;
 
 pub use arena::{Arena, ArenaConfig, ArenaError, HugePolicy};

@@ -91,7 +91,14 @@ pub struct Driver {
 }
 
 /// All drivers. No ID is in two of them.
-pub const DRIVERS: &[Driver] = &[crate::vmxnet3::DRIVER];
+pub const DRIVERS: &[Driver] = &[
+    crate::intel::e1000e::DRIVER,
+    crate::intel::e1000e::PCH_DRIVER,
+    crate::intel::igb::DRIVER,
+    crate::intel::ixgbe::DRIVER,
+    crate::intel::ixgbevf::DRIVER,
+    crate::vmxnet3::DRIVER,
+];
 
 /// The driver for a PCI device.
 pub fn driver_of(vendor: u16, device: u16) -> Option<&'static Driver> {

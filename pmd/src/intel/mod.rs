@@ -1,0 +1,31 @@
+//! Drivers of Intel's Ethernet controllers.
+//!
+//! | driver | devices | queues | verified |
+//! |---|---|---|---|
+//! | [`e1000e`] | 82574, 82583; I217 to I219 as `experimental` | 2 | QEMU's 82574 |
+//! | [`igb`] | 82576, 82580, i350, i210, i211 (copper) | up to 16 | QEMU's 82576 |
+//! | [`ixgbe`] (`experimental`) | 82599, X540, X550 | up to 16 | register model |
+//! | [`ixgbevf`] (`experimental`) | their virtual functions | up to 4 | register model |
+//!
+//! A family's module holds its registers and its initialization; `ring` the descriptors, `queue` the queue pair and `port`
+//! opening, statistics, reset and shutdown of all of them. None of these devices can hash ESP by its SPI, nor by anything
+//! but addresses: a worker hands over what is for another one's SA.
+//!
+//! Checksums: a received frame's IPv4 header is verified by the pipeline in any case, and [`crate::port::PortQueue`] carries
+//! no hints, so the devices' checksum bits are not used. Flow control is off: a gateway drops rather than stop its peers.
+
+pub mod e1000e;
+pub mod fuzz;
+mod gigabit;
+pub mod igb;
+pub mod ixgbe;
+pub mod ixgbevf;
+mod mailbox;
+pub mod model;
+mod model_vf;
+mod port;
+mod queue;
+mod regs;
+mod ring;
+#[cfg(test)]
+mod tests;
