@@ -20,6 +20,9 @@ use crate::plane::DataPlane;
 /// How often sticky events of idle SAs, and time limits, are looked at.
 const SLOW: Duration = Duration::from_secs(1);
 
+/// How often inbound edges that are needlessly far ahead are looked for.
+const LOWER: Duration = Duration::from_secs(10);
+
 /// How long an offline run waits for the disk.
 const SETTLE: Duration = Duration::from_secs(10);
 
@@ -82,6 +85,9 @@ pub struct Control {
     last_slow: Option<Instant>,
     last_work: u64,
     lease_failed: bool,
+    last_lower: Option<Instant>,
+    /// Inbound edges were lowered, and some worker may not know yet.
+    lowering: bool,
 }
 
 impl Control {
@@ -106,6 +112,8 @@ impl Control {
             last_slow: None,
             last_work: u64::MAX,
             lease_failed: false,
+            last_lower: None,
+            lowering: false,
         }
     }
 
@@ -203,6 +211,7 @@ impl Control {
     pub fn tick(&mut self) {
         install::reap(&mut self.store, &mut self.keeper, &self.leases);
         let now = Instant::now();
+        self.lower_edges(now);
         let work = self.work_done();
         // Nothing moved and nothing is pending: nothing can have been used up.
         if work != self.last_work {
@@ -230,6 +239,36 @@ impl Control {
             }
             // One more look soon: what was asked for may be durable then.
             self.last_work = u64::MAX;
+        }
+    }
+
+    /// Takes inbound edges that are needlessly far ahead back, in two steps: the workers first, then the disk.
+    fn lower_edges(&mut self, now: Instant) {
+        if self.lowering {
+            if self.store.settled() {
+                self.lowering = false;
+                if let Err(e) = self.keeper.lowered(&self.leases) {
+                    self.lease_trouble(&e);
+                }
+            } else if self
+                .last_lower
+                .is_some_and(|t| now.duration_since(t) >= LOWER)
+            {
+                // A worker is stuck; the SAs of the others must not wait for it.
+                self.lowering = false;
+                self.keeper.not_lowered();
+            }
+        } else if self
+            .last_lower
+            .is_none_or(|t| now.duration_since(t) >= LOWER)
+        {
+            self.last_lower = Some(now);
+            self.lowering = self.keeper.lower(now.duration_since(self.started));
+            if self.lowering {
+                // A worker that acknowledges this publication has finished every burst that began before.
+                let barrier = self.store.draft();
+                self.store.publish(barrier);
+            }
         }
     }
 

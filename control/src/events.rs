@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use sa_store::runtime::{SaEntry, event};
+use sa_store::sa::Direction;
 use serde::{Deserialize, Serialize};
 
 /// Events kept for the API.
@@ -72,6 +73,9 @@ impl Events {
         for name in event::names(bits & !ROUTINE) {
             let spec = &entry.spec;
             match name {
+                "lease_out" if spec.direction == Direction::In => {
+                    tracing::warn!(event = name, sa = %spec.name, tunnel = %spec.tunnel, spi = %spec.spi, "packets above the window's edge on disk were refused; the edge follows");
+                }
                 "hard" | "sequence_end" | "lease_out" => {
                     tracing::warn!(event = name, sa = %spec.name, tunnel = %spec.tunnel, spi = %spec.spi, "SA carries nothing more until it is replaced or its lease grows");
                 }

@@ -27,6 +27,8 @@ pub struct Tracked {
     entry: Option<Arc<SaEntry>>,
     /// Number at the last look.
     seen: u64,
+    /// Edge that workers have been given while the higher one is still on disk.
+    lowering: Option<u64>,
 }
 
 impl Tracked {
@@ -35,6 +37,8 @@ impl Tracked {
         let renewal = Renewal::new(
             Blocks::of(spec.direction, spec.esn),
             end_of_numbers(spec.direction, spec.esn),
+            // The first number of a new key, sent or received, is 1.
+            lease.resume() <= 1,
         );
         Self {
             name: spec.name.clone(),
@@ -46,6 +50,7 @@ impl Tracked {
             renewal,
             heir: false,
             entry: None,
+            lowering: None,
         }
     }
 
@@ -123,7 +128,7 @@ impl Tracked {
         }
     }
 
-    /// Highest number accepted, or next number to send.
+    /// Highest number accepted, or next number to send: what a later life goes on from.
     fn used(entry: &SaEntry) -> u64 {
         match entry.fixed.direction {
             Direction::Out => entry.next_seq(),
@@ -136,7 +141,10 @@ impl Tracked {
         let Some(entry) = self.entry.clone() else {
             return Ok(false);
         };
-        let used = Self::used(&entry);
+        if self.lowering.is_some() {
+            return Ok(true);
+        }
+        let used = entry.reached();
         let end = self.end();
         if entry.lease_end() < end {
             entry.extend_lease(end, self.renewal.renew_at(self.lease.limit()));
@@ -145,6 +153,43 @@ impl Tracked {
         let moved = used != self.seen;
         self.seen = used;
         Ok(moved || !self.is_durable())
+    }
+}
+
+impl Tracked {
+    /// Binds the workers to a lower edge, if the SA has turned out slow.
+    fn lower(&mut self, now: Duration) -> bool {
+        let Some(entry) = &self.entry else {
+            return false;
+        };
+        let guarded = self.direction == Direction::In && self.entry_is_guarded();
+        if !guarded || self.lowering.is_some() || !self.is_durable() || self.lease.has_failed() {
+            return false;
+        }
+        let Some(limit) = self.renewal.lower(entry.reached(), self.asked, now) else {
+            return false;
+        };
+        entry.extend_lease(limit.saturating_add(1), self.renewal.renew_at(limit));
+        self.lowering = Some(limit);
+        true
+    }
+
+    /// No worker uses the higher edge any more: the lower one may go to disk, unless something came in between.
+    fn lowered(&mut self, writer: &LeaseWriter) -> Result<(), LeaseError> {
+        let (Some(limit), Some(entry)) = (self.lowering.take(), &self.entry) else {
+            return Ok(());
+        };
+        if Self::used(entry) > limit {
+            return Ok(());
+        }
+        self.asked = limit;
+        writer.lower(&self.lease, limit)
+    }
+
+    fn entry_is_guarded(&self) -> bool {
+        self.entry
+            .as_ref()
+            .is_some_and(|e| e.live.window.size() != 0)
     }
 }
 
@@ -267,6 +312,44 @@ impl Keeper {
             }
         }
         Ok(())
+    }
+
+    /// Gives back room of inbound SAs that turned out slow. True when workers were given lower edges: once every
+    /// worker has begun a new burst, [`lowered`](Self::lowered) is to be called.
+    pub fn lower(&mut self, now: Duration) -> bool {
+        let mut any = false;
+        for t in self.active.values_mut() {
+            // A lease that an SA inherited is also in the hands of the one before.
+            let alone = self
+                .shared
+                .get(&LeasePtr::of(&t.lease))
+                .is_some_and(|s| s.users == 1);
+            any |= alone && t.lower(now);
+        }
+        any
+    }
+
+    /// Every worker keeps to the lower edges: they go to disk.
+    ///
+    /// # Errors
+    /// The writer is gone; the edges on disk are the higher ones.
+    pub fn lowered(&mut self, writer: &LeaseWriter) -> Result<(), LeaseError> {
+        for (id, t) in &mut self.active {
+            if t.lowering.is_some() {
+                t.lowered(writer)?;
+                self.hot.push(*id);
+            }
+        }
+        Ok(())
+    }
+
+    /// Some worker may still use the higher edges: they stay.
+    pub fn not_lowered(&mut self) {
+        for (id, t) in &mut self.active {
+            if t.lowering.take().is_some() {
+                self.hot.push(*id);
+            }
+        }
     }
 
     /// SAs that carried something at the last look.

@@ -277,6 +277,23 @@ fn limits() {
     b.settle();
     expect(&b, true, &[(LeaseExhausted, 1)]);
 
+    // The edge on disk covers one number; the next one is refused, told to the keeper of leases, and not taken for seen.
+    let mut b = bed(&Plan::default());
+    let snapshot = b.right.gw.store.current();
+    let mut entries = snapshot.sas.iter().flatten();
+    let inbound = entries.find(|e| e.fixed.spi == 0x1001).unwrap();
+    inbound.extend_lease(2, 1);
+    b.send_left(&[packet(), packet()]);
+    b.settle();
+    expect(&b, false, &[(WindowEdge, 1)]);
+    assert_eq!((inbound.live.window.top(), inbound.reached()), (1, 2));
+    let refused = b.wire.last().unwrap().clone();
+    inbound.extend_lease(3, 2);
+    b.inject_right(&[refused]);
+    let (_, host) = b.settle();
+    assert_eq!(host.len(), 1);
+    assert_eq!((inbound.live.window.top(), inbound.reached()), (2, 2));
+
     let mut b = bed(&Plan::default());
     for entry in b.left.gw.store.current().sas.iter().flatten() {
         entry.set_disabled(true);

@@ -20,6 +20,7 @@ pub mod pcap;
 pub mod pool;
 pub mod port;
 pub mod tap;
+pub mod virtio;
 pub mod vmxnet3;
 
 pub use arena::{Arena, ArenaConfig, ArenaError, HugePolicy};

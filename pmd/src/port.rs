@@ -199,6 +199,11 @@ pub trait PortQueue: Send {
         false
     }
 
+    /// How frames cross, where that is known only once the queue is open.
+    fn mode(&self) -> Option<&'static str> {
+        None
+    }
+
     /// Counters, to keep and read from anywhere.
     fn stats(&self) -> &Arc<PortQueueStats>;
 

@@ -22,6 +22,7 @@ const BURST: usize = 16;
 const BLOCKS: Blocks = Blocks {
     min: 64,
     first: 64,
+    resumed: 64,
     max: 1024,
     target: Duration::from_millis(20),
 };
@@ -53,7 +54,7 @@ fn main() -> Result<(), Failure> {
         let out = sa.direction == Direction::Out;
         keys.push(Key {
             next: lease.resume() + u64::from(!out),
-            renewal: Renewal::new(BLOCKS, end_of_numbers(sa.direction, true)),
+            renewal: Renewal::new(BLOCKS, end_of_numbers(sa.direction, true), true),
             lease,
             out,
         });

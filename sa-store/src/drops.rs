@@ -75,6 +75,9 @@ drop_reasons! {
     SequenceExhausted => "sequence_exhausted",
     /// The durable lease of sequence numbers ran out and the next block is not on disk yet.
     LeaseExhausted => "lease_exhausted",
+    /// Authentic, but above the window's edge that is on disk: accepted now, it could be replayed after a crash.
+    /// The edge follows at once.
+    WindowEdge => "window_edge",
     /// SA disabled or being removed.
     SaDisabled => "sa_disabled",
     /// Engine lost the packet or answered with an error.

@@ -38,9 +38,9 @@ pub mod event {
     pub const SEQUENCE_LOW: u32 = 1 << 4;
     /// The sequence space is used up.
     pub const SEQUENCE_END: u32 = 1 << 5;
-    /// Half of the current lease block is used: the next one is wanted.
+    /// Half of the current lease block is used: the next one is wanted. Inbound: the same of the window's edge.
     pub const LEASE_LOW: u32 = 1 << 6;
-    /// A packet was dropped because no lease was left.
+    /// A packet was dropped because no lease was left, or because it passed the window's edge on disk.
     pub const LEASE_OUT: u32 = 1 << 7;
     /// Many packets in a row failed their ICV or were replays.
     pub const REPLAY_BURST: u32 = 1 << 8;
@@ -144,6 +144,7 @@ pub struct SaCounters {
 /// Run-time state; the owner writes.
 #[repr(align(64))]
 pub struct Live {
+    /// Outbound: the next number. Inbound: the highest authentic number that was refused for passing the edge.
     next_seq: AtomicU64,
     lease_end: AtomicU64,
     lease_low: AtomicU64,
@@ -185,7 +186,7 @@ pub struct SaEntry {
 pub struct Start {
     /// Outbound: first number that may be used, at least 1.
     pub next_seq: u64,
-    /// Outbound: first number that may not be used yet.
+    /// Outbound: first number that may not be used yet. Inbound: first number that may not be accepted yet.
     pub lease_end: u64,
     /// Inbound: highest number that counts as seen.
     pub window_top: u64,
@@ -270,10 +271,20 @@ impl SaEntry {
             selectors: (!spec.selectors.is_empty())
                 .then(|| Box::new(SelectorSet::new(&spec.selectors))),
         };
+        // Without anti-replay there is no edge to keep.
+        let guarded = spec.direction == Direction::Out || spec.replay_window != 0;
+        let lease_end = if guarded { start.lease_end } else { u64::MAX };
+        let from = match spec.direction {
+            Direction::Out => start.next_seq,
+            Direction::In => start.window_top,
+        };
         let live = Live {
-            next_seq: AtomicU64::new(start.next_seq.max(1)),
-            lease_end: AtomicU64::new(start.lease_end),
-            lease_low: AtomicU64::new(start.next_seq.midpoint(start.lease_end)),
+            next_seq: AtomicU64::new(match spec.direction {
+                Direction::Out => start.next_seq.max(1),
+                Direction::In => 0,
+            }),
+            lease_end: AtomicU64::new(lease_end),
+            lease_low: AtomicU64::new(from.midpoint(lease_end)),
             events: AtomicU32::new(0),
             disabled: AtomicBool::new(false),
             hop: AtomicU64::new(u64::MAX),
@@ -336,6 +347,16 @@ impl SaEntry {
         Ok(())
     }
 
+    /// Whether the edge on disk covers an authentic inbound number. Only then it may be accepted: what is accepted
+    /// above the edge could be accepted again after a crash. Owner only.
+    #[inline]
+    pub fn cover_in(&self, seq: u64) -> Result<(), Refused> {
+        if seq >= self.live.lease_low.load(Ordering::Relaxed) {
+            return self.near_edge(seq);
+        }
+        Ok(())
+    }
+
     /// Counts an authenticated, fresh inbound packet against the limits: the packet that would pass a hard
     /// limit is refused. Owner only.
     #[inline]
@@ -378,13 +399,22 @@ impl SaEntry {
         self.live.next_seq.load(Ordering::Relaxed)
     }
 
-    /// First outbound number that is not on disk yet.
+    /// How far the keeper of leases has to look ahead: the next outbound number, or the highest authentic inbound
+    /// number that arrived, whether it was accepted or not.
+    pub fn reached(&self) -> u64 {
+        match self.fixed.direction {
+            Direction::Out => self.next_seq(),
+            Direction::In => self.next_seq().max(self.live.window.top()),
+        }
+    }
+
+    /// First number that is not on disk yet: to send, or to accept.
     pub fn lease_end(&self) -> u64 {
         self.live.lease_end.load(Ordering::Relaxed)
     }
 
-    /// Extends the lease. Only the lease writer calls this, after `end` is durable; `low` is the number from
-    /// which [`event::LEASE_LOW`] is raised.
+    /// Moves the lease's end. Only the keeper of leases calls this, with an `end` that is durable; `low` is the number
+    /// from which [`event::LEASE_LOW`] is raised. A lower end binds workers with their next burst.
     pub fn extend_lease(&self, end: u64, low: u64) {
         self.live.lease_low.store(low, Ordering::Relaxed);
         self.live.lease_end.store(end, Ordering::Release);
@@ -446,6 +476,20 @@ impl SaEntry {
         };
         self.raise(event::HARD);
         reason
+    }
+
+    #[cold]
+    fn near_edge(&self, seq: u64) -> Result<(), Refused> {
+        if seq < self.live.lease_end.load(Ordering::Acquire) {
+            self.raise(event::LEASE_LOW);
+            return Ok(());
+        }
+        if seq > self.next_seq() {
+            self.live.next_seq.store(seq, Ordering::Relaxed);
+        }
+        self.live.counters.limit.add(1);
+        self.raise(event::LEASE_LOW | event::LEASE_OUT);
+        Err(DropReason::WindowEdge)
     }
 
     #[cold]

@@ -67,6 +67,7 @@ fn child(dir: &Path) {
     let blocks = Blocks {
         min: 16,
         first: 32,
+        resumed: 32,
         max: 256,
         target: Duration::from_micros(200),
     };
@@ -79,7 +80,7 @@ fn child(dir: &Path) {
             let out = sa.direction == Direction::Out;
             Sender {
                 next: lease.resume() + u64::from(!out),
-                renewal: Renewal::new(blocks, end_of_numbers(sa.direction, true)),
+                renewal: Renewal::new(blocks, end_of_numbers(sa.direction, true), true),
                 lease,
                 out,
             }

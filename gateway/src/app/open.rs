@@ -10,6 +10,7 @@ use pmd::memory::{self, MemoryPort, PairConfig};
 use pmd::pcap::{self, PcapConfig, PcapPort};
 use pmd::port::{MacAddr, Port, PortError, PortInfo};
 use pmd::tap::{TapConfig, TapPort};
+use pmd::virtio::vhost::{self, VhostConfig, VhostPort};
 use pmd::{Arena, ArenaConfig, ArenaError, HugePolicy};
 use sa_store::fib::{Fib, FibError, Neighbours, Route, RouteTo};
 use sa_store::sa::Vrf;
@@ -130,7 +131,14 @@ pub fn open(config: &GatewayConfig) -> Result<Opened, OpenError> {
                     .map_or(workers, usize::from)
                     .min(info.max_queues)
                     .max(1);
+                let mut info = info;
                 let queues = opened.queues(count, &arena).map_err(fail)?;
+                // What was asked for may have left a choice.
+                let mut modes: Vec<&str> = queues.iter().filter_map(|q| q.mode()).collect();
+                modes.dedup();
+                if !modes.is_empty() {
+                    info.mode = modes.join(", ");
+                }
                 tracing::info!(port = %port.name, kind = info.kind, mode = %info.mode, queues = count, mtu = info.mtu, "port open");
                 let queues = queues
                     .into_iter()
@@ -307,6 +315,21 @@ fn open_port(
                 },
                 mtu: mtu.unwrap_or(1500),
                 ..PcapConfig::default()
+            })?;
+            Ok((Box::new(opened), None))
+        }
+        PortKind::VhostUser { socket, role, mode } => {
+            let opened = VhostPort::open(VhostConfig {
+                name: port.name.clone(),
+                place: vhost::Place {
+                    path: socket.clone(),
+                    role: match role {
+                        config::SocketRole::Server => vhost::Role::Server,
+                        config::SocketRole::Client => vhost::Role::Client,
+                    },
+                },
+                mode: *mode,
+                mtu: mtu.unwrap_or(1500),
             })?;
             Ok((Box::new(opened), None))
         }

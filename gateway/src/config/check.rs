@@ -211,6 +211,11 @@ impl Checker<'_, '_> {
             ("af_xdp", t.af_xdp.is_some(), PortKindName::AfXdp),
             ("pcap", t.pcap.is_some(), PortKindName::Pcap),
             ("memory", t.memory.is_some(), PortKindName::Memory),
+            (
+                "vhost-user",
+                t.vhost_user.is_some(),
+                PortKindName::VhostUser,
+            ),
         ] {
             self.require(!given || t.kind == of, &["port", &at, key], || {
                 format!("\"{key}\" settings on a port of another kind")
@@ -275,9 +280,10 @@ impl Checker<'_, '_> {
         by_name: &HashMap<&str, usize>,
     ) -> Option<PortKind> {
         let interface = t.interface.clone().unwrap_or_else(|| t.name.clone());
-        let live = matches!(t.kind, PortKindName::AfXdp | PortKindName::Tap);
+        let named = matches!(t.kind, PortKindName::AfXdp | PortKindName::Tap);
+        let live = named || t.kind == PortKindName::VhostUser;
         self.require(
-            live || t.interface.is_none(),
+            named || t.interface.is_none(),
             &["port", at, "interface"],
             || "\"interface\" is for af_xdp and tap ports".into(),
         );
@@ -288,7 +294,7 @@ impl Checker<'_, '_> {
             && interface != "."
             && interface != "..";
         self.require(
-            !live || (short && clean),
+            !named || (short && clean),
             &["port", at, "interface"],
             || {
                 format!(
@@ -348,7 +354,41 @@ impl Checker<'_, '_> {
                 })
             }
             PortKindName::Memory => self.memory_port(at, t, by_name),
+            PortKindName::VhostUser => self.vhost_user_port(at, t),
         }
+    }
+
+    fn vhost_user_port(&mut self, at: &str, t: &PortTable) -> Option<PortKind> {
+        let Some(v) = &t.vhost_user else {
+            self.wrong(
+                &["port", at],
+                "a vhost-user port needs [port.vhost-user] with \"socket\"",
+            );
+            return None;
+        };
+        self.require(
+            t.queues
+                .is_none_or(|q| usize::from(q) <= pmd::virtio::vhost::MAX_PAIRS),
+            &["port", at, "queues"],
+            || {
+                format!(
+                    "a vhost-user port has at most {} queues",
+                    pmd::virtio::vhost::MAX_PAIRS
+                )
+            },
+        );
+        let mode = u32::from_str_radix(&v.mode, 8).ok().filter(|m| *m <= 0o777);
+        self.require(mode.is_some(), &["port", at, "vhost-user", "mode"], || {
+            format!(
+                "\"{}\" is no access mode; write for example \"0660\"",
+                v.mode
+            )
+        });
+        Some(PortKind::VhostUser {
+            socket: self.dir.join(&v.socket),
+            role: v.role,
+            mode: mode?,
+        })
     }
 
     fn memory_port(

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use super::port::{AfXdpMode, Fault, PortKindName, Side};
+use super::port::{AfXdpMode, Fault, PortKindName, Side, SocketRole};
 use super::value::{Mac, Prefix};
 
 /// Configuration of an Esplanade gateway.
@@ -161,6 +161,9 @@ pub struct PortTable {
     pub pcap: Option<PcapTable>,
     /// Settings of a memory port.
     pub memory: Option<MemoryTable>,
+    /// Settings of a vhost-user port.
+    #[serde(rename = "vhost-user")]
+    pub vhost_user: Option<VhostUserTable>,
     /// Faults put into what the port receives, for tests.
     pub fault: Option<Fault>,
 }
@@ -215,6 +218,24 @@ pub struct MemoryTable {
     /// Frames that the ring to the peer holds.
     #[serde(default = "memory_ring")]
     pub ring: u32,
+}
+
+/// Settings of a vhost-user port.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VhostUserTable {
+    /// Path of the socket; a relative one is seen from this file.
+    pub socket: PathBuf,
+    /// "server": the gateway makes the socket and peers connect. "client": the peer makes it.
+    #[serde(default)]
+    pub role: SocketRole,
+    /// Access rights of a socket that the gateway makes, in octal.
+    #[serde(default = "socket_mode")]
+    pub mode: String,
+}
+
+fn socket_mode() -> String {
+    "0600".into()
 }
 
 const fn memory_ring() -> u32 {

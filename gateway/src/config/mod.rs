@@ -17,7 +17,9 @@ pub use file::{
     Api, Crypto, Huge, Idle, Leases, Log, LogFormat, Memory, Metrics, NeighbourTable, PortTable,
     Privileges, Reassembly, RouteTable, Sas, Test, Workers,
 };
-pub use port::{AfXdpMode, Fault, PortConfig, PortKind, PortKindName, Repeat, Side, Steer};
+pub use port::{
+    AfXdpMode, Fault, PortConfig, PortKind, PortKindName, Repeat, Side, SocketRole, Steer,
+};
 pub use problem::{Place, Problem, Problems};
 pub use value::{Mac, Prefix};
 

@@ -29,6 +29,20 @@ pub enum PortKindName {
     Pcap,
     /// Joined to another memory port of this gateway.
     Memory,
+    /// A vhost-user socket: QEMU guests, containers and user-space switches.
+    #[serde(rename = "vhost-user")]
+    VhostUser,
+}
+
+/// Who opens a vhost-user socket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SocketRole {
+    /// The gateway listens, peers connect.
+    #[default]
+    Server,
+    /// The peer listens, the gateway connects, again and again.
+    Client,
 }
 
 /// How an AF_XDP port reaches the interface.
@@ -117,6 +131,15 @@ pub enum PortKind {
         /// Frames that a ring holds.
         ring: usize,
     },
+    /// A vhost-user socket.
+    VhostUser {
+        /// Path.
+        socket: PathBuf,
+        /// Who opens it.
+        role: SocketRole,
+        /// Access rights of a socket that the gateway makes.
+        mode: u32,
+    },
 }
 
 impl PortKind {
@@ -127,12 +150,16 @@ impl PortKind {
             Self::Tap { .. } => PortKindName::Tap,
             Self::Pcap { .. } => PortKindName::Pcap,
             Self::Memory { .. } => PortKindName::Memory,
+            Self::VhostUser { .. } => PortKindName::VhostUser,
         }
     }
 
     /// Whether packets come from or go to other machines.
     pub fn is_live(&self) -> bool {
-        matches!(self, Self::AfXdp { .. } | Self::Tap { .. })
+        matches!(
+            self,
+            Self::AfXdp { .. } | Self::Tap { .. } | Self::VhostUser { .. }
+        )
     }
 }
 

@@ -510,6 +510,7 @@ fn open(
             return Err(DropReason::EngineError);
         }
     }
+    entry.cover_in(job.seq)?;
     match live.window.commit(job.seq) {
         Replay::Fresh(_) => {}
         refused => return Err(replayed(entry, refused)),

@@ -28,6 +28,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::arena::Arena;
 use crate::netif::{IfName, Interface};
@@ -46,6 +47,8 @@ pub use queue::AfXdpQueue;
 use socket::{Socket, Trial, Umem};
 pub use steer::{SteerError, SteerMap, Steering};
 
+/// How long a queue is waited for that another socket is leaving.
+const LEAVING: Duration = Duration::from_secs(2);
 /// What the kernel keeps in front of a received packet.
 const XDP_PACKET_HEADROOM: u32 = 256;
 /// Largest and smallest chunk that the kernel takes.
@@ -192,10 +195,20 @@ impl AfXdpPort {
             // SAFETY: the caller's queue holds an Arc of the arena until the socket is closed and released, and only frames
             // taken apart by `into_raw` or `into_index` are put into the rings.
             let socket = unsafe { Socket::new(umem, self.config.ring) }?;
-            socket
-                .bind(self.ifindex, queue, flags | libc::XDP_USE_NEED_WAKEUP)
-                .map_err(|e| ("bind", e))?;
-            Ok(socket)
+            let flags = flags | libc::XDP_USE_NEED_WAKEUP;
+            let deadline = Instant::now() + LEAVING;
+            loop {
+                match socket.bind(self.ifindex, queue, flags) {
+                    Ok(()) => return Ok(socket),
+                    // The kernel takes the socket of a gateway that was killed off the queue a moment later.
+                    Err(e)
+                        if e.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline =>
+                    {
+                        std::thread::sleep(LEAVING / 200);
+                    }
+                    Err(e) => return Err(("bind", e)),
+                }
+            }
         };
         if native && matches!(self.config.mode, XdpMode::Auto | XdpMode::ZeroCopy) {
             match try_bind(libc::XDP_ZEROCOPY) {
@@ -247,8 +260,9 @@ impl AfXdpPort {
                 (false, false) => "generic copy",
             };
             tracing::info!(port = %name, queue, mode, unaligned = umem.unaligned, "AF_XDP queue opened");
+            let link = Arc::clone(&link);
             let mut opened =
-                AfXdpQueue::new(socket, trial, arena, self.ifindex, queue, Arc::clone(&link));
+                AfXdpQueue::new(socket, trial, arena, self.ifindex, queue, mode, link);
             // Frames first, then packets.
             opened.refill(&mut pool);
             if let Some(fd) = opened.socket_fd() {

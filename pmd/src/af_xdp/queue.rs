@@ -31,6 +31,7 @@ pub struct AfXdpQueue {
     seen_invalid: u64,
     ifindex: u32,
     queue: u32,
+    mode: &'static str,
     /// Detaches the program when the last queue is gone.
     _link: Arc<OwnedFd>,
     stats: Arc<PortQueueStats>,
@@ -43,6 +44,7 @@ impl AfXdpQueue {
         arena: &Arc<Arena>,
         ifindex: u32,
         queue: u32,
+        mode: &'static str,
         link: Arc<OwnedFd>,
     ) -> AfXdpQueue {
         AfXdpQueue {
@@ -56,6 +58,7 @@ impl AfXdpQueue {
             seen_invalid: 0,
             ifindex,
             queue,
+            mode,
             _link: link,
             stats: Arc::default(),
         }
@@ -152,6 +155,10 @@ impl AfXdpQueue {
 }
 
 impl PortQueue for AfXdpQueue {
+    fn mode(&self) -> Option<&'static str> {
+        Some(self.mode)
+    }
+
     fn rx_burst(&mut self, pool: &mut Pool, out: &mut Vec<Frame>, max: usize) -> usize {
         let Some((socket, _)) = &mut self.socket else {
             return 0;

@@ -6,14 +6,14 @@
 //!
 //! **Inbound.** An *edge* is on disk, ahead of the highest number accepted. After a crash everything up to
 //! the edge counts as seen, so no number below it is accepted again, and what the peer sends next is lost
-//! until it passes the edge: at most a block, which [`policy::Blocks::INBOUND`] keeps to about a second of
+//! until it passes the edge: at most a block, which [`policy::Blocks::INBOUND`] keeps to some seconds of
 //! traffic. As the peer goes on sending while the gateway restarts, little of that remains. The edge is a
 //! 64-bit number, so ESN needs no guess.
 //!
-//! The caller decides about numbers above the edge, which a burst on an idle SA or a jump of the peer
-//! brings. If it refuses them until a higher edge is on disk, no replay is ever possible, and the start
-//! of such a burst is lost. If it accepts them, they could be replayed should the machine crash before the
-//! edge has followed.
+//! Authentic numbers above the edge, which a jump of the peer or a sudden burst on an SA that was slow brings,
+//! are refused until a higher edge is on disk (`window_edge` among the drop reasons), so no replay is ever
+//! possible. A new SA starts with an edge far ahead, and the edge of an SA that turns out slow comes back step
+//! by step: nothing above it may be accepted any more *before* the lower edge is written.
 //!
 //! A clean stop writes the exact numbers: nothing is skipped or lost.
 //!

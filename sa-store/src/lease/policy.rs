@@ -10,8 +10,11 @@ use std::time::Duration;
 pub struct Blocks {
     /// Smallest block, a power of two.
     pub min: u64,
-    /// First block after a start, when no rate is known, a power of two.
+    /// First block of a key that was never used, a power of two. No rate is known: the largest burst that is
+    /// to pass without waiting for the disk.
     pub first: u64,
+    /// First block of a key that goes on after a restart, a power of two.
+    pub resumed: u64,
     /// Largest block, a power of two.
     pub max: u64,
     /// How long a block lasts at the measured rate, at least.
@@ -23,6 +26,7 @@ impl Blocks {
     pub const OUTBOUND_ESN: Self = Self {
         min: 1 << 16,
         first: 1 << 20,
+        resumed: 1 << 20,
         max: 1 << 40,
         target: Duration::from_secs(8),
     };
@@ -32,14 +36,16 @@ impl Blocks {
         max: 1 << 28,
         ..Self::OUTBOUND_ESN
     };
-    /// Inbound. After a crash what the peer sends is lost until it passes the edge, so blocks are short: a
-    /// second of traffic, and on slow SAs 256 packets. Larger blocks lose more then, smaller ones drop the
-    /// beginning of a burst on an idle SA until the edge is synced (a few milliseconds).
+    /// Inbound. What passes the edge is refused until a higher one is on disk, and after a crash what the peer
+    /// sends is lost until it passes the edge. So a new SA begins with room for a second at a million packets a
+    /// second, and an SA that turns out slow gives it back by halves ([`Renewal::lower`]) down to 256 packets.
+    /// After a restart the room is smaller: were it as large, each crash of a row would lose that much more.
     pub const INBOUND: Self = Self {
         min: 1 << 8,
-        first: 1 << 12,
+        first: 1 << 20,
+        resumed: 1 << 16,
         max: 1 << 32,
-        target: Duration::from_secs(1),
+        target: Duration::from_secs(8),
     };
 
     /// Those of an SA.
@@ -62,16 +68,27 @@ pub struct Renewal {
     block: u64,
     /// Use and time at the last renewal.
     since: Option<(u64, Duration)>,
+    /// Use and time at the last poll.
+    last: Option<(u64, Duration)>,
+    /// Use and time since when it is watched for being slow.
+    watched: Option<(u64, Duration)>,
 }
 
+/// Fewer numbers than this between two polls say nothing about the rate.
+const BURST: u64 = 8;
+/// How long an SA is watched before some of its room is given back.
+const WATCH: Duration = Duration::from_secs(30);
+
 impl Renewal {
-    /// `end`: see [`end_of_numbers`].
-    pub fn new(blocks: Blocks, end: u64) -> Self {
+    /// `end`: see [`end_of_numbers`]. `fresh`: the key was never used.
+    pub fn new(blocks: Blocks, end: u64, fresh: bool) -> Self {
         Self {
             blocks,
             end,
-            block: blocks.first,
+            block: if fresh { blocks.first } else { blocks.resumed },
             since: None,
+            last: None,
+            watched: None,
         }
     }
 
@@ -92,22 +109,57 @@ impl Renewal {
 
     /// The limit to commit now, or `None` while the present one does. `now` counts from any fixed moment.
     pub fn poll(&mut self, used: u64, limit: u64, now: Duration) -> Option<u64> {
-        if limit >= self.end || used < self.renew_at(limit) {
+        if limit >= self.end {
             return None;
         }
-        if let Some((used_then, then)) = self.since {
-            self.block = self.resize(used.saturating_sub(used_then), now.saturating_sub(then));
+        let last = self.last.replace((used, now));
+        let burst = last
+            .filter(|(then, _)| used.saturating_sub(*then) >= BURST)
+            .map_or(0, |since| self.lasting(since, used, now));
+        if used < self.renew_at(limit) && limit - used >= burst {
+            return None;
+        }
+        if let Some(since) = self.since {
+            let lasting = self.lasting(since, used, now).max(burst);
+            self.block = self.resize(lasting);
         }
         self.since = Some((used, now));
         let next = used.saturating_add(self.block).min(self.end);
         (next > limit).then_some(next)
     }
 
-    fn resize(&self, numbers: u64, elapsed: Duration) -> u64 {
-        let nanos = elapsed.as_nanos().max(1);
-        let lasting = u128::from(numbers).saturating_mul(self.blocks.target.as_nanos()) / nanos;
+    /// A lower limit for an SA that turned out slow: half of its room, when less than a quarter of it was used
+    /// in half a minute. Only for inbound limits: outbound numbers are never taken back.
+    pub fn lower(&mut self, used: u64, limit: u64, now: Duration) -> Option<u64> {
+        let Some((then, since)) = self.watched else {
+            self.watched = Some((used, now));
+            return None;
+        };
+        if now.saturating_sub(since) < WATCH {
+            return None;
+        }
+        self.watched = Some((used, now));
+        let room = limit.saturating_sub(used);
+        let half = (room / 2).max(self.blocks.min);
+        if half >= room || used.saturating_sub(then) >= room / 4 {
+            return None;
+        }
+        self.block = half.checked_next_power_of_two().unwrap_or(self.block);
+        self.since = Some((used, now));
+        Some(used + half)
+    }
+
+    /// How many numbers last for the target time at the rate since then.
+    fn lasting(&self, (then, since): (u64, Duration), used: u64, now: Duration) -> u64 {
+        let nanos = now.saturating_sub(since).as_nanos().max(1);
+        let numbers = u128::from(used.saturating_sub(then));
+        let lasting = numbers.saturating_mul(self.blocks.target.as_nanos()) / nanos;
+        u64::try_from(lasting).unwrap_or(u64::MAX)
+    }
+
+    fn resize(&self, lasting: u64) -> u64 {
         // Renewal comes at half of the block, and what is left must last for the target, too.
-        let wanted = u64::try_from(lasting.saturating_mul(2)).unwrap_or(u64::MAX);
+        let wanted = lasting.saturating_mul(2);
         let wanted = wanted.checked_next_power_of_two().unwrap_or(u64::MAX);
         wanted
             .max(self.block / 2)
@@ -134,7 +186,7 @@ mod tests {
     #[test]
     fn a_block_lasts_the_target_time_at_the_measured_rate() {
         for rate in [10_000u64, 1_000_000, 20_000_000] {
-            let mut r = Renewal::new(Blocks::OUTBOUND_ESN, u64::MAX);
+            let mut r = Renewal::new(Blocks::OUTBOUND_ESN, u64::MAX, true);
             let (mut used, mut limit, mut now) = (1u64, 1u64, Duration::ZERO);
             for _ in 0..100_000 {
                 if let Some(next) = r.poll(used, limit, now) {
@@ -154,7 +206,7 @@ mod tests {
 
     #[test]
     fn an_idle_sa_asks_once_and_then_never() {
-        let mut r = Renewal::new(Blocks::INBOUND, u64::MAX);
+        let mut r = Renewal::new(Blocks::INBOUND, u64::MAX, true);
         let limit = r.poll(0, 0, Duration::ZERO).unwrap();
         for s in 1..1000 {
             assert_eq!(r.poll(0, limit, Duration::from_secs(s)), None);
@@ -163,7 +215,7 @@ mod tests {
 
     #[test]
     fn blocks_shrink_again_when_traffic_falls() {
-        let mut r = Renewal::new(Blocks::INBOUND, u64::MAX);
+        let mut r = Renewal::new(Blocks::INBOUND, u64::MAX, true);
         let (mut used, mut limit, mut now) = (0u64, 0u64, Duration::ZERO);
         let mut run = |r: &mut Renewal, step: u64, ms: u64| {
             for _ in 0..ms {
@@ -176,14 +228,50 @@ mod tests {
         };
         run(&mut r, 1000, 10_000);
         assert!(r.block() >= 1_000_000);
-        run(&mut r, 1, 10_000_000);
-        assert!(r.block() <= 4096, "{}", r.block());
+        run(&mut r, 1, 40_000_000);
+        assert!(r.block() <= 32_768, "{}", r.block());
+    }
+
+    #[test]
+    fn a_slow_sa_gives_its_room_back_by_halves_and_a_busy_one_does_not() {
+        for (per_second, slow) in [(1, true), (100_000, false)] {
+            let mut r = Renewal::new(Blocks::INBOUND, u64::MAX, true);
+            let (mut used, mut limit) = (0u64, 0u64);
+            for s in 0..1200 {
+                let now = Duration::from_secs(s);
+                limit = r.poll(used, limit, now).unwrap_or(limit);
+                if let Some(lower) = r.lower(used, limit, now) {
+                    assert!(lower < limit && lower >= used + Blocks::INBOUND.min);
+                    assert!(lower - used >= (limit - used) / 2, "more than half at once");
+                    limit = lower;
+                }
+                used += per_second;
+                assert!(used <= limit);
+            }
+            let room = limit - used;
+            assert_eq!(room <= 512, slow, "{room}");
+            assert!(slow || room >= 8 * per_second, "{room}");
+        }
+    }
+
+    #[test]
+    fn the_beginning_of_a_burst_on_a_slow_sa_is_noticed_at_once() {
+        let mut r = Renewal::new(Blocks::INBOUND, u64::MAX, false);
+        r.block = Blocks::INBOUND.min;
+        let limit = 10_256;
+        assert_eq!(r.poll(10_000, limit, Duration::from_secs(60)), None);
+        r.since = Some((9_900, Duration::from_secs(1)));
+        // Ten packets in ten milliseconds are a thousand a second: 256 would not last for eight seconds.
+        let next = r
+            .poll(10_010, limit, Duration::from_millis(60_010))
+            .unwrap();
+        assert!(next >= 10_010 + 2 * 8 * 1000, "{next}");
     }
 
     #[test]
     fn the_last_block_ends_with_the_numbers() {
         let end = end_of_numbers(Direction::Out, false);
-        let mut r = Renewal::new(Blocks::OUTBOUND, end);
+        let mut r = Renewal::new(Blocks::OUTBOUND, end, true);
         assert_eq!(r.poll(end - 5, end - 5, Duration::ZERO), Some(end));
         assert_eq!(r.poll(end - 1, end, Duration::from_secs(1)), None);
         assert_eq!(r.renew_at(end), u64::MAX);
@@ -196,7 +284,7 @@ mod tests {
             esn: bool,
         ) {
             let end = end_of_numbers(Direction::Out, esn);
-            let mut r = Renewal::new(Blocks::of(Direction::Out, esn), end);
+            let mut r = Renewal::new(Blocks::of(Direction::Out, esn), end, true);
             let (mut used, mut limit, mut now) = (1u64, 1u64, Duration::ZERO);
             for (step, nanos) in steps {
                 if let Some(next) = r.poll(used, limit, now) {

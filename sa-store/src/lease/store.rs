@@ -57,6 +57,14 @@ pub enum Update {
         /// First number not covered, or new edge.
         value: u64,
     },
+    /// Inbound only: numbers above `value` are no longer accepted, and no higher one was. A value that is not
+    /// below the present edge changes nothing.
+    Lower {
+        /// Whose.
+        handle: LeaseHandle,
+        /// New edge.
+        value: u64,
+    },
     /// The SA stopped cleanly: `value` is the next unused number, or the highest accepted one. The record
     /// stays for a later claim; the handle ends.
     Release {
@@ -386,6 +394,11 @@ impl<M: Media> LeaseStore<M> {
             Update::Advance { handle, .. } | Update::Retire { handle } => {
                 self.record(*handle).map(|_| ())
             }
+            Update::Lower { handle, .. } => match self.record(*handle)?.kind {
+                Kind::In => Ok(()),
+                // Numbers that were leased may have been sent.
+                Kind::Out => Err(LeaseError::Overrun),
+            },
             Update::Release { handle, value } => {
                 if *value > self.record(*handle)?.value {
                     return Err(LeaseError::Overrun);
@@ -400,6 +413,13 @@ impl<M: Media> LeaseStore<M> {
             Update::Advance { handle, value } => {
                 let (dirty, r) = self.slot_mut(handle)?;
                 if value > r.value {
+                    r.value = value;
+                    *dirty = true;
+                }
+            }
+            Update::Lower { handle, value } => {
+                let (dirty, r) = self.slot_mut(handle)?;
+                if value < r.value {
                     r.value = value;
                     *dirty = true;
                 }

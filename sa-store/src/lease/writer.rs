@@ -52,6 +52,7 @@ pub enum Release {
 enum Request {
     Claim(Vec<SaSpec>, Sender<Vec<Result<Arc<Lease>, LeaseError>>>),
     Advance(Arc<Lease>, u64),
+    Lower(Arc<Lease>, u64),
     Release(Arc<Lease>, Release, Sender<Result<(), LeaseError>>),
     Stop(Sender<LeaseStore>),
 }
@@ -110,6 +111,18 @@ impl LeaseWriter {
         self.send(Request::Advance(lease.clone(), limit))
     }
 
+    /// Takes the room above an inbound edge back; does not wait. Nothing above `limit` may have been accepted, nor
+    /// may it be from now on, and no advance may be under way.
+    ///
+    /// # Errors
+    /// [`LeaseError::Stopped`].
+    pub fn lower(&self, lease: &Arc<Lease>, limit: u64) -> Result<(), LeaseError> {
+        lease.asked.store(limit, Ordering::Relaxed);
+        // At once: should the write fail, the edge on disk is the higher one, which is safe.
+        lease.limit.store(limit, Ordering::Relaxed);
+        self.send(Request::Lower(lease.clone(), limit))
+    }
+
     /// Ends a lease and waits until that is durable. The worker must have let go of the SA before.
     ///
     /// # Errors
@@ -165,6 +178,7 @@ impl Drop for LeaseWriter {
 
 /// What a commit has to tell when it is done.
 enum After {
+    Nothing,
     Publish(Arc<Lease>, u64),
     Answer(Sender<Result<(), LeaseError>>),
 }
@@ -187,6 +201,11 @@ fn run(mut store: LeaseStore, requests: &Receiver<Request>, on_failure: &OnFailu
                     let handle = lease.handle;
                     updates.push(Update::Advance { handle, value });
                     after.push(After::Publish(lease, value));
+                }
+                Request::Lower(lease, value) => {
+                    let handle = lease.handle;
+                    updates.push(Update::Lower { handle, value });
+                    after.push(After::Nothing);
                 }
                 Request::Release(lease, how, tx) => {
                     updates.push(end_of(&lease, how));
@@ -262,6 +281,7 @@ fn publish(after: After, answer: Result<(), LeaseError>) {
         (After::Publish(lease, value), Ok(())) => {
             lease.limit.fetch_max(value, Ordering::Release);
         }
+        (After::Nothing, _) => {}
         (After::Publish(lease, _), Err(_)) => lease.failed.store(true, Ordering::Relaxed),
         // A caller that no longer waits does not need the answer.
         (After::Answer(tx), answer) => drop(tx.send(answer)),
