@@ -261,8 +261,7 @@ impl AfXdpPort {
             };
             tracing::info!(port = %name, queue, mode, unaligned = umem.unaligned, "AF_XDP queue opened");
             let link = Arc::clone(&link);
-            let mut opened =
-                AfXdpQueue::new(socket, trial, arena, self.ifindex, queue, mode, link);
+            let mut opened = AfXdpQueue::new(socket, trial, arena, self.ifindex, queue, mode, link);
             // Frames first, then packets.
             opened.refill(&mut pool);
             if let Some(fd) = opened.socket_fd() {

@@ -286,7 +286,7 @@ fn packed_table(
     out: &mut Vec<Buffer>,
 ) -> Result<(), RingError> {
     let entries = bytes / 16;
-    if entries == 0 || bytes % 16 != 0 {
+    if entries == 0 || !bytes.is_multiple_of(16) {
         return Err(RingError::Indirect("not a whole number of descriptors"));
     }
     if entries as usize > MAX_CHAIN {

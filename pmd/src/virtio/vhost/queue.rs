@@ -13,7 +13,7 @@ use crate::frame::Frame;
 use crate::pool::Pool;
 use crate::port::{BURST, PortQueue, PortQueueStats};
 use crate::virtio::NET_HEADER;
-use crate::virtio::ring::{Buffer, RingError, Taken};
+use crate::virtio::ring::{Buffer, MAX_CHAIN, RingError, Taken};
 
 /// Smallest Ethernet frame worth having: its header.
 const SHORTEST: usize = 14;
@@ -88,14 +88,10 @@ impl VhostQueue {
 }
 
 impl Work {
-    /// Takes up to `max` chains from the ring and frames for them from the pool.
+    /// Takes up to `max` chains from the ring and frames for them from the pool. An error comes after the chains that were
+    /// good.
     #[inline(always)]
-    fn collect(
-        &mut self,
-        live: &mut Live,
-        pool: &mut Pool,
-        max: usize,
-    ) -> Result<usize, RingError> {
+    fn collect(&mut self, live: &mut Live, pool: &mut Pool, max: usize) -> Result<(), RingError> {
         self.chains.clear();
         self.buffers.clear();
         while self.chains.len() < max {
@@ -118,7 +114,7 @@ impl Work {
                 end: self.buffers.len(),
             });
         }
-        Ok(self.chains.len())
+        Ok(())
     }
 
     #[inline(always)]
@@ -129,9 +125,10 @@ impl Work {
         pool: &mut Pool,
         out: &mut Vec<Frame>,
         max: usize,
-    ) -> Result<usize, RingError> {
-        if self.collect(live, pool, max)? == 0 {
-            return Ok(0);
+    ) -> (usize, Option<RingError>) {
+        let mut error = self.collect(live, pool, max).err();
+        if self.chains.is_empty() {
+            return (0, error);
         }
         let (mut count, mut bytes, mut refused, mut offloads) = (0, 0, 0, 0);
         let mut start = 0;
@@ -142,17 +139,24 @@ impl Work {
             let Some(mut frame) = self.stock.pop() else {
                 break;
             };
-            match read_chain(&live.memory, buffers, &mut frame, self.largest)? {
-                Content::Packet(len) => {
+            match read_chain(&live.memory, buffers, &mut frame, self.largest) {
+                Ok(Content::Packet(len)) => {
                     count += 1;
                     bytes += len;
                     out.push(frame);
                 }
                 other => {
-                    refused += 1;
-                    offloads += u64::from(matches!(other, Content::Offload));
                     frame.reset_default();
                     self.stock.push(frame);
+                    match other {
+                        Err(e) => {
+                            error = Some(e);
+                            break;
+                        }
+                        Ok(Content::Offload) => offloads += 1,
+                        Ok(_) => {}
+                    }
+                    refused += 1;
                 }
             }
             live.ring.put_used(chain.taken, 0);
@@ -163,38 +167,26 @@ impl Work {
             counts.offload_refused.fetch_add(offloads, Relaxed);
         }
         self.stats.note_rx(count, bytes);
-        Ok(count)
+        (count, error)
     }
 
     /// Sends from the front of `frames`; how many are done with, sent or refused.
     #[inline(always)]
-    fn transmit(&mut self, live: &mut Live, frames: &[Frame]) -> Result<usize, RingError> {
+    fn transmit(&mut self, live: &mut Live, frames: &[Frame]) -> (usize, Option<RingError>) {
         let (mut done, mut sent, mut bytes, mut refused) = (0, 0, 0, 0);
+        let mut error = None;
         for frame in frames {
             let before = live.ring.position();
             let needed = frame.len() + NET_HEADER;
             self.chains.clear();
             self.buffers.clear();
-            let mut room = 0;
-            while room < needed {
-                let start = self.buffers.len();
-                let Some(taken) = live.ring.next(&*live.memory, &mut self.buffers)? else {
-                    break;
-                };
-                for buffer in self.buffers.get(start..).unwrap_or_default() {
-                    if !buffer.writable {
-                        return Err(RingError::Direction);
-                    }
-                    room += buffer.len as usize;
-                }
-                self.chains.push(Chain {
-                    taken,
-                    end: self.buffers.len(),
-                });
-                if !live.mergeable {
+            let room = match self.take_room(live, needed) {
+                Ok(room) => room,
+                Err(e) => {
+                    error = Some(e);
                     break;
                 }
-            }
+            };
             if room < needed {
                 live.ring.rewind(before);
                 if live.mergeable || self.chains.is_empty() {
@@ -205,7 +197,10 @@ impl Work {
                 refused += 1;
                 continue;
             }
-            write_packet(&live.memory, &self.buffers, self.chains.len(), frame)?;
+            if let Err(e) = write_packet(&live.memory, &self.buffers, self.chains.len(), frame) {
+                error = Some(e);
+                break;
+            }
             let (mut left, mut start) = (needed, 0);
             for chain in &self.chains {
                 let buffers = self.buffers.get(start..chain.end).unwrap_or_default();
@@ -227,7 +222,33 @@ impl Work {
         if refused > 0 {
             self.stats.tx_errors.add(refused);
         }
-        Ok(done)
+        (done, error)
+    }
+
+    /// Takes chains for `needed` bytes, or as many as there are, and returns their room.
+    #[inline(always)]
+    fn take_room(&mut self, live: &mut Live, needed: usize) -> Result<usize, RingError> {
+        let mut room = 0;
+        while room < needed {
+            let start = self.buffers.len();
+            let Some(taken) = live.ring.next(&*live.memory, &mut self.buffers)? else {
+                break;
+            };
+            for buffer in self.buffers.get(start..).unwrap_or_default() {
+                if !buffer.writable {
+                    return Err(RingError::Direction);
+                }
+                room += buffer.len as usize;
+            }
+            self.chains.push(Chain {
+                taken,
+                end: self.buffers.len(),
+            });
+            if !live.mergeable || self.chains.len() >= MAX_CHAIN {
+                break;
+            }
+        }
+        Ok(room)
     }
 }
 
@@ -249,28 +270,21 @@ impl PortQueue for VhostQueue {
         let Some(live) = place.as_mut() else {
             return 0;
         };
-        match work.receive(live, &shared.counts, pool, out, max) {
-            Ok(n) => {
-                if n > 0 {
-                    if live.armed {
-                        live.armed = false;
-                        live.ring.disarm();
-                    }
-                    if live.ring.wants_call() {
-                        shared.call(cell);
-                    }
-                    if live.memory.lost() {
-                        shared.memory_lost(cell, &mut place);
-                    }
-                }
-                n
-            }
-            Err(error) => {
-                work.stats.rx_errors.add(1);
-                shared.fail(cell, &mut place, error);
-                0
-            }
+        let (n, error) = work.receive(live, &shared.counts, pool, out, max);
+        if n > 0 && live.armed {
+            live.armed = false;
+            live.ring.disarm();
         }
+        if live.ring.wants_call() {
+            shared.call(cell);
+        }
+        if let Some(error) = error {
+            work.stats.rx_errors.add(1);
+            shared.fail(cell, &mut place, error);
+        } else if live.memory.lost() {
+            shared.memory_lost(cell, &mut place);
+        }
+        n
     }
 
     #[inline]
@@ -285,22 +299,19 @@ impl PortQueue for VhostQueue {
                 let Some(live) = place.as_mut() else {
                     return 0;
                 };
-                match work.transmit(live, frames) {
-                    Ok(n) => {
-                        if live.ring.wants_call() {
-                            shared.call(cell);
-                        }
-                        if live.memory.lost() {
-                            shared.memory_lost(cell, &mut place);
-                        }
-                        n
-                    }
-                    Err(error) => {
-                        work.stats.tx_errors.add(1);
-                        shared.fail(cell, &mut place, error);
-                        1.min(frames.len())
-                    }
+                let (mut n, error) = work.transmit(live, frames);
+                if live.ring.wants_call() {
+                    shared.call(cell);
                 }
+                if let Some(error) = error {
+                    // The frame at which it happened is gone.
+                    n += 1;
+                    work.stats.tx_errors.add(1);
+                    shared.fail(cell, &mut place, error);
+                } else if live.memory.lost() {
+                    shared.memory_lost(cell, &mut place);
+                }
+                n
             }
             // Nobody is there.
             _ => {
@@ -308,7 +319,9 @@ impl PortQueue for VhostQueue {
                 frames.len()
             }
         };
-        frames.drain(..done).for_each(|f| pool.put(f));
+        frames
+            .drain(..done.min(frames.len()))
+            .for_each(|f| pool.put(f));
         done
     }
 
