@@ -12,6 +12,7 @@ pub mod machine;
 pub mod measure;
 pub mod peer;
 pub mod policies;
+pub mod ports;
 pub mod report;
 pub mod rig;
 pub mod scenario;

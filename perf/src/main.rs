@@ -16,6 +16,7 @@ use perf::machine::{self, HugePages, Machine};
 use perf::measure::{Bench, Effort};
 use perf::peer::Peer;
 use perf::policies;
+use perf::ports;
 use perf::report::{self, Report};
 use perf::rig;
 use perf::scenario::{Scenario, Spread};
@@ -82,6 +83,8 @@ enum Command {
         #[arg(long, default_value_t = 10_000)]
         flows: u32,
     },
+    /// Measures what receiving and sending a frame costs on every kind of port that this machine can run.
+    Ports,
     /// Runs DPDK's ipsec-secgw beside the gateway and compares. Needs root, make, libdpdk-dev and dpdk-doc.
     Peer {
         /// DPDK's example sources.
@@ -164,7 +167,7 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<bool> {
     let workers = match &cli.command {
         Command::Run(args) => args.workers.iter().copied().max().unwrap_or(1),
-        Command::Bar { .. } | Command::Policies { .. } | Command::Peer { .. } => 1,
+        Command::Bar { .. } | Command::Policies { .. } | Command::Ports | Command::Peer { .. } => 1,
     };
     let others = match cli.command {
         Command::Peer { .. } => perf::peer::MEMORY,
@@ -176,6 +179,7 @@ fn run(cli: &Cli) -> Result<bool> {
         Command::Run(args) => ground.run(args),
         Command::Bar { providers } => ground.bar(providers),
         Command::Policies { policies, flows } => ground.policies(*policies, *flows),
+        Command::Ports => ground.ports(),
         Command::Peer {
             examples,
             work,
@@ -235,6 +239,7 @@ impl Ground {
                 machine,
                 rates,
                 outcomes: Vec::new(),
+                ports: Vec::new(),
             },
         })
     }
@@ -361,6 +366,13 @@ impl Ground {
             }
         }
         Ok(reached)
+    }
+
+    fn ports(&mut self) -> Result<bool> {
+        let costs = ports::measure(&self.clock, &self.report.rates, &self.effort)?;
+        ports::print(&costs);
+        self.report.ports = costs;
+        Ok(true)
     }
 
     fn peer(&mut self, examples: &Path, work: &Path, sas: &[u32], sizes: &[Mix]) -> Result<bool> {

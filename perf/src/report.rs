@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::clock::Rates;
 use crate::machine::Machine;
 use crate::measure::Outcome;
+use crate::ports::PortCost;
 
 /// Everything of one invocation.
 #[derive(Debug, Serialize)]
@@ -20,6 +21,8 @@ pub struct Report {
     pub rates: Rates,
     /// Lines.
     pub outcomes: Vec<Outcome>,
+    /// Costs of ports.
+    pub ports: Vec<PortCost>,
 }
 
 impl Report {
