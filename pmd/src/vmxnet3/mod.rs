@@ -337,6 +337,7 @@ impl Vmxnet3Port {
             let tx = TxRing::new(
                 device,
                 frames(self.config.tx_ring, arena)?,
+                arena,
                 queues.slice(q * QUEUE_LEN, QUEUE_LEN)?,
                 register(TXPROD, q)?,
             )?;

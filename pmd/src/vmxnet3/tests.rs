@@ -209,6 +209,30 @@ fn jumbo_frames_lie_in_one_buffer() {
 }
 
 #[test]
+fn frames_across_pages_get_a_descriptor_for_each() {
+    let mut s = set_with(
+        1,
+        1,
+        Vmxnet3Config {
+            mtu: 9000,
+            tx_ring: 64,
+            ..Vmxnet3Config::default()
+        },
+    );
+    // Frames of 10 KiB: in small pages each is across some, in huge ones a few are.
+    for round in 0..100 {
+        let frames: Vec<_> = (0..12)
+            .map(|n| pattern(60 + (round * 331 + n * 877) % 8955, round + n))
+            .collect();
+        assert_eq!(s.send(0, &frames), 12);
+        let mut sent = Vec::new();
+        s.model.transmitted(0, 64, |f| sent.push(f.to_vec()));
+        assert_eq!(sent, frames);
+    }
+    s.end();
+}
+
+#[test]
 fn split_frames_are_joined_and_too_long_ones_counted() {
     let mut s = set_with(
         1,

@@ -3,7 +3,11 @@
 //! A descriptor belongs to the device while its generation bit is the current one of its lap. The driver asks for a completion
 //! of the last frame of a burst and of every 32nd, which frees all descriptors up to it. The doorbell is written once as many
 //! frames as the device asked for are waiting, and by [`TxRing::ring_rest`] otherwise.
+//!
+//! A frame across two pages gets a descriptor for each: emulated devices behind an emulated IOMMU map each descriptor's bytes at
+//! once and drop what lies in two pages. The frame rests in the slot of its last descriptor.
 
+use crate::arena::Arena;
 use crate::device::ring::FrameRing;
 use crate::device::{ArenaMap, Device, DeviceError, DmaMem, IovaClass, Mmio, fence_release};
 use crate::frame::Frame;
@@ -36,8 +40,17 @@ pub(super) struct TxRing {
     /// Queue descriptor.
     queue: DmaMem,
     doorbell: Mmio,
-    /// Frames that the device reads, by descriptor.
+    /// Frames that the device reads, by their last descriptor.
     frames: FrameRing,
+    mask: u32,
+    fill: u32,
+    generation: u32,
+    oldest: u32,
+    /// Descriptors that the device has.
+    in_flight: u32,
+    /// Bytes of the arena's pages, and most descriptors that a frame can need.
+    page: u64,
+    most: u32,
     done_next: u32,
     done_generation: u32,
     deferred: u32,
@@ -49,9 +62,16 @@ impl TxRing {
     pub(super) fn new(
         device: &dyn Device,
         frames: FrameRing,
+        arena: &Arena,
         queue: DmaMem,
         doorbell: Mmio,
     ) -> Result<TxRing, DeviceError> {
+        let page = arena.page_size() as u64;
+        let stride = u64::from(arena.stride());
+        let most = match page.is_multiple_of(stride) {
+            true => 1,
+            false => u32::try_from(stride.div_ceil(page)).unwrap_or(1) + 1,
+        };
         let bytes = frames.size() as usize * DESCRIPTOR;
         Ok(TxRing {
             ring: device.dma_alloc(bytes, RING_ALIGN, IovaClass::Any)?,
@@ -59,7 +79,14 @@ impl TxRing {
             queue,
             doorbell,
             returned: Vec::with_capacity(frames.size() as usize),
+            mask: frames.size() - 1,
             frames,
+            fill: 0,
+            generation: 1,
+            oldest: 0,
+            in_flight: 0,
+            page,
+            most,
             done_next: 0,
             done_generation: CD_GENERATION,
             deferred: 0,
@@ -87,6 +114,7 @@ impl TxRing {
         self.done.zero();
         self.queue.write32(TXQ_DEFERRED, 0);
         self.queue.write32(TXQ_THRESHOLD, 1);
+        (self.fill, self.generation) = (0, 1);
         (self.done_next, self.done_generation) = (0, CD_GENERATION);
         self.deferred = 0;
         lost
@@ -100,6 +128,7 @@ impl TxRing {
         let lost = self.frames.held();
         // SAFETY: passed on to the caller.
         unsafe { self.frames.drain(pool) };
+        (self.oldest, self.in_flight) = (0, 0);
         lost
     }
 
@@ -113,9 +142,8 @@ impl TxRing {
     ) -> Sent {
         let mut sent = Sent::default();
         // One descriptor stays empty.
-        let n = frames
-            .len()
-            .min(self.frames.free().saturating_sub(1) as usize);
+        let free = (self.mask - self.in_flight) / self.most;
+        let n = frames.len().min(free as usize);
         if n == 0 {
             return sent;
         }
@@ -127,23 +155,15 @@ impl TxRing {
                 self.returned.push(frame);
                 continue;
             };
-            // Laps are counted from 0, generations begin with 1.
-            let generation = !self.frames.head_lap() & 1;
-            let slot = match self.frames.push(frame) {
-                Ok(slot) => slot,
-                Err(frame) => {
-                    sent.errors += 1;
-                    self.returned.push(frame);
-                    continue;
-                }
-            };
             let report = i + 1 == n || sent.packets % REPORT_EVERY == REPORT_EVERY - 1;
-            let at = slot as usize * DESCRIPTOR;
-            self.ring.write64(at, address);
-            self.ring
-                .write32(at + 12, TXD_END | if report { TXD_REPORT } else { 0 });
-            self.ring
-                .store_release32(at + 8, len | generation << TXD_GENERATION_SHIFT);
+            let pieces = self.pieces(address, len);
+            let last = (self.fill + pieces - 1) & self.mask;
+            if let Err(frame) = self.frames.put_at(last, frame) {
+                sent.errors += 1;
+                self.returned.push(frame);
+                continue;
+            }
+            self.give(address, len, pieces, report);
             sent.bytes += bytes;
             sent.packets += 1;
             self.deferred += 1;
@@ -171,32 +191,36 @@ impl TxRing {
     /// True when it pays to look for completions.
     #[inline]
     pub(super) fn worth_reclaiming(&self, wanted: usize) -> bool {
-        self.frames.held() >= RECLAIM_FROM || (self.frames.free() as usize) <= wanted
+        let free = (self.mask - self.in_flight) / self.most;
+        self.in_flight >= RECLAIM_FROM || (free as usize) < wanted
     }
 
     /// Gives the frames that were sent to the pool.
     #[inline]
     pub(super) fn reclaim(&mut self, pool: &mut Pool) -> Result<(), Fault> {
-        let mask = self.frames.size() - 1;
         let mut result = Ok(());
-        // At most one lap: each completion takes a frame at least.
-        while self.frames.held() > 0 {
+        // At most one lap: each completion takes a descriptor at least.
+        while self.in_flight > 0 {
             let at = self.done_next as usize * DESCRIPTOR;
             let word3 = self.done.load_acquire32(at + 12);
             if word3 & CD_GENERATION != self.done_generation {
                 break;
             }
             let index = self.done.read32(at) & TCD_INDEX_MASK;
-            let ahead = index.wrapping_sub(self.frames.tail()) & mask;
-            if index > mask || ahead >= self.frames.held() {
+            let ahead = index.wrapping_sub(self.oldest) & self.mask;
+            if index > self.mask || ahead >= self.in_flight || !self.frames.holds(index) {
                 result = Err(Fault::TxIndex);
                 break;
             }
             for _ in 0..=ahead {
                 // SAFETY: the device reported the end of the last of these frames, and it sends in order.
-                self.returned.extend(unsafe { self.frames.pop() });
+                let frame = unsafe { self.frames.take(self.oldest) };
+                // Only a frame's last descriptor holds it.
+                self.returned.extend(frame.ok());
+                self.oldest = (self.oldest + 1) & self.mask;
             }
-            self.done_next = (self.done_next + 1) & mask;
+            self.in_flight -= ahead + 1;
+            self.done_next = (self.done_next + 1) & self.mask;
             if self.done_next == 0 {
                 self.done_generation ^= CD_GENERATION;
             }
@@ -212,11 +236,69 @@ impl TxRing {
         self.frames.held()
     }
 
+    /// Descriptors that a frame needs: one for each page that it touches.
+    #[inline]
+    fn pieces(&self, address: u64, len: u32) -> u32 {
+        let last = (address & (self.page - 1)) + u64::from(len) - 1;
+        // Below `most`, by the arena's stride.
+        u32::try_from(last / self.page).unwrap_or(0) + 1
+    }
+
+    /// Writes a frame's descriptors; the generation of the first, which gives all of them away, comes last.
+    #[inline]
+    fn give(&mut self, address: u64, len: u32, pieces: u32, report: bool) {
+        let last = TXD_END | if report { TXD_REPORT } else { 0 };
+        let first = match pieces {
+            1 => len,
+            _ => self.give_rest(address, len, last),
+        };
+        let at = self.fill as usize * DESCRIPTOR;
+        self.ring.write64(at, address);
+        self.ring
+            .write32(at + 12, if pieces == 1 { last } else { 0 });
+        self.ring
+            .store_release32(at + 8, first | self.generation << TXD_GENERATION_SHIFT);
+        self.in_flight += pieces;
+        let next = self.fill + pieces;
+        self.fill = next & self.mask;
+        if next > self.mask {
+            self.generation ^= 1;
+        }
+    }
+
+    /// Writes all descriptors but the first; gives the length of the first.
+    #[cold]
+    fn give_rest(&mut self, address: u64, len: u32, last: u32) -> u32 {
+        let piece = |at: u64, left: u32| {
+            let room = self.page - (at & (self.page - 1));
+            left.min(u32::try_from(room).unwrap_or(u32::MAX))
+        };
+        let first = piece(address, len);
+        let (mut at, mut left) = (address + u64::from(first), len - first);
+        let (mut slot, mut generation) = (self.fill, self.generation);
+        while left > 0 {
+            slot = (slot + 1) & self.mask;
+            if slot == 0 {
+                generation ^= 1;
+            }
+            let len = piece(at, left);
+            left -= len;
+            let place = slot as usize * DESCRIPTOR;
+            self.ring.write64(place, at);
+            self.ring
+                .write32(place + 12, if left == 0 { last } else { 0 });
+            self.ring
+                .write32(place + 8, len | generation << TXD_GENERATION_SHIFT);
+            at += u64::from(len);
+        }
+        first
+    }
+
     #[inline]
     fn ring_now(&mut self) {
         self.deferred = 0;
         self.queue.write32(TXQ_DEFERRED, 0);
         fence_release();
-        self.doorbell.write32(0, self.frames.head());
+        self.doorbell.write32(0, self.fill);
     }
 }
