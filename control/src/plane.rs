@@ -65,7 +65,7 @@ pub struct ProviderReport {
     pub provider: String,
     /// Whether it is the one in use.
     pub selected: bool,
-    /// Measured at start: nanoseconds to seal one packet of 1420 bytes; absent when it was not measured.
+    /// Measured at start: mean of the nanoseconds to seal and to open one packet of 1420 bytes; absent when it was not measured.
     pub ns_per_packet: Option<f64>,
 }
 
@@ -109,8 +109,9 @@ pub trait DataPlane: Send + Sync {
     /// Crypto providers.
     fn providers(&self) -> Vec<ProviderReport>;
 
-    /// Packets that a policy decided about, all workers together.
-    fn policy_hits(&self, direction: Direction, policy: PolicyIdx) -> u64;
+    /// Packets that a policy decided about, all workers together. `None` beyond the counters that workers have: these
+    /// policies share one.
+    fn policy_hits(&self, direction: Direction, policy: PolicyIdx) -> Option<u64>;
 
     /// Gateway clock, nanoseconds: the one that workers use.
     fn now(&self) -> u64;

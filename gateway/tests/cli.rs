@@ -57,7 +57,7 @@ impl Site {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         private(&dir.path().join("sa.toml"), SA);
-        std::fs::write(dir.path().join("in.pcap"), capture(200)).unwrap();
+        std::fs::write(dir.path().join("in.pcap"), capture(200, 64)).unwrap();
         let config = r#"
 sa_files = ["sa.toml"]
 memory = { frames = 1024, lock = false, huge = "never" }
@@ -113,14 +113,14 @@ port = "wan"
 }
 
 /// A capture of UDP packets from 10.1.0.1 to 10.2.0.1, of different lengths.
-fn capture(packets: u16) -> Vec<u8> {
+fn capture(packets: u16, ttl: u8) -> Vec<u8> {
     let mut bytes = Vec::new();
     for word in [0xa1b2_c3d4_u32, 0x0002_0004, 0, 0, 65_535, 1] {
         bytes.extend(word.to_be_bytes());
     }
     for n in 0..packets {
         let builder = etherparse::PacketBuilder::ethernet2([2; 6], [4; 6])
-            .ipv4([10, 1, 0, 1], [10, 2, 0, 1], 64)
+            .ipv4([10, 1, 0, 1], [10, 2, 0, 1], ttl)
             .udp(1000, 2000);
         let payload = vec![0xab; 18 + usize::from(n % 50) * 20];
         let mut frame = Vec::new();
@@ -149,6 +149,29 @@ fn an_offline_run_repeats_exactly_under_a_seed_and_differs_under_another() {
             [[0, 0, 0x10, 1], n.to_be_bytes()].concat(),
             "SPI and sequence number"
         );
+    }
+}
+
+#[test]
+fn time_goes_on_with_the_rounds_under_a_seed_so_icmp_errors_repeat() {
+    let site = Site::new();
+    // More packets whose TTL ends here than may be answered at once: how many are depends on the time that passes.
+    std::fs::write(site.path("in.pcap"), capture(600, 1)).unwrap();
+    let config = std::fs::read_to_string(site.path("gateway.toml")).unwrap();
+    let config = config.replace(
+        "side = \"inside\"\npcap = { read = \"in.pcap\" }",
+        "side = \"inside\"\naddresses = [\"10.1.0.254/16\"]\npcap = { read = \"in.pcap\", write = \"back.pcap\" }",
+    ) + "[[neighbour]]\nip = \"10.1.0.1\"\nmac = \"02:00:00:00:00:09\"\nport = \"lan\"\n";
+    std::fs::write(site.path("gateway.toml"), config).unwrap();
+    let run = || {
+        site.run("7");
+        std::fs::read(site.path("back.pcap")).unwrap().len()
+    };
+    let first = run();
+    assert!(first > 24, "errors are sent");
+    assert!(first < 600 * 70, "the limiter is at work");
+    for _ in 0..4 {
+        assert_eq!(run(), first);
     }
 }
 

@@ -22,6 +22,7 @@ pub mod replay;
 pub mod runtime;
 pub mod sa;
 pub mod sad;
+pub mod sleeper;
 pub mod snapshot;
 pub mod spd;
 pub mod store;

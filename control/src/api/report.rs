@@ -146,11 +146,12 @@ pub struct PolicyInfo {
     /// Traffic, one text for each selector.
     pub selectors: Vec<String>,
     /// Packets that it decided about.
-    pub hits: u64,
+    #[serde(default)]
+    pub hits: Option<u64>,
 }
 
 impl PolicyInfo {
-    pub(super) fn of(p: &Policy, hits: u64) -> Self {
+    pub(super) fn of(p: &Policy, hits: Option<u64>) -> Self {
         let tunnel = match &p.action {
             Action::Protect { tunnel } => Some(tunnel.clone()),
             Action::Bypass | Action::Discard => None,

@@ -216,18 +216,22 @@ fn policies(c: &Control, snapshot: &Snapshot, f: &mut Families) {
         let name = name_of(direction);
         f.add(&POLICIES, &[name], spd.len() as u64);
         hits(c, direction, spd, f);
-        let hits = c.plane.policy_hits(direction, PolicyIdx::DEFAULT);
-        f.add(&POLICY_HITS, &["(default)", name, "discard"], hits);
+        if let Some(hits) = c.plane.policy_hits(direction, PolicyIdx::DEFAULT) {
+            f.add(&POLICY_HITS, &["(default)", name, "discard"], hits);
+        }
     }
 }
 
 fn hits(c: &Control, direction: Direction, spd: &Spd, f: &mut Families) {
     for (idx, policy) in spd.policies().take(c.metrics_max_sas) {
         let action = crate::api::action_name(&policy.action);
-        f.add(
-            &POLICY_HITS,
-            &[&policy.name, name_of(direction), action],
-            c.plane.policy_hits(direction, idx),
-        );
+        // Policies beyond the workers' counters have no number: absent says so, 0 would not.
+        if let Some(hits) = c.plane.policy_hits(direction, idx) {
+            f.add(
+                &POLICY_HITS,
+                &[&policy.name, name_of(direction), action],
+                hits,
+            );
+        }
     }
 }

@@ -90,5 +90,5 @@ metrics! {
     RELOADS: COUNTER "esplanade_config_reloads_total" ["result"] "Reloads of the SA files.";
 
     CRYPTO: GAUGE "esplanade_crypto_provider_info" ["suite", "provider"] "Always 1; which provider serves the suite.";
-    CRYPTO_COST: GAUGE "esplanade_crypto_packet_seconds" ["suite", "provider"] "Time to seal a packet of 1420 bytes, measured at start.";
+    CRYPTO_COST: GAUGE "esplanade_crypto_packet_seconds" ["suite", "provider"] "Mean of the times to seal and to open a packet of 1420 bytes, measured at start.";
 }

@@ -102,8 +102,8 @@ impl DataPlane for Plane {
             ns_per_packet: Some(150.0),
         }]
     }
-    fn policy_hits(&self, _: Direction, policy: PolicyIdx) -> u64 {
-        u64::from(policy.0)
+    fn policy_hits(&self, _: Direction, policy: PolicyIdx) -> Option<u64> {
+        Some(u64::from(policy.0))
     }
     fn now(&self) -> u64 {
         self.clock.load(Ordering::Relaxed)

@@ -41,6 +41,8 @@ pub struct AssemblyConfig {
     pub policy_slots: usize,
     /// Makes the engine of each worker.
     pub engine: fn() -> Box<dyn EspEngine>,
+    /// The clock that workers and control use.
+    pub clock: Clock,
     /// Seed of the CBC IVs of deterministic offline runs; `None`: the system's randomness.
     pub iv_seed: Option<u64>,
 }
@@ -57,8 +59,9 @@ impl Default for AssemblyConfig {
             reassembly: Some(ReassemblyConfig::default()),
             idle: IdlePolicy::default(),
             flow_entries: 1 << 16,
-            policy_slots: 4096,
+            policy_slots: 1 << 17,
             engine: || Box::new(SoftwareEngine::default()),
+            clock: Clock::new(),
             iv_seed: None,
         }
     }
@@ -113,7 +116,7 @@ pub fn assemble(
     ports: Vec<OpenPort>,
 ) -> Result<Assembled, AssemblyError> {
     let count = config.cpus.len();
-    let clock = Clock::new();
+    let clock = config.clock.clone();
     let store = Store::new(count, config.max_sas);
     let mut setups = Vec::new();
     let mut port_stats = Vec::new();

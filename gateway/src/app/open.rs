@@ -12,6 +12,7 @@ use pmd::port::{MacAddr, Port, PortError, PortInfo};
 use pmd::tap::{TapConfig, TapPort};
 use pmd::virtio::vhost::{self, VhostConfig, VhostPort};
 use pmd::{Arena, ArenaConfig, ArenaError, HugePolicy};
+use quanta::Clock;
 use sa_store::fib::{Fib, FibError, Neighbours, Route, RouteTo};
 use sa_store::sa::Vrf;
 use sa_store::store::Store;
@@ -83,11 +84,11 @@ pub struct Opened {
     pub capture: Capture,
 }
 
-/// Opens what the configuration names. The routes are published; SAs and policies are not loaded.
+/// Opens what the configuration names, for workers that go by `clock`. The routes are published; SAs and policies are not loaded.
 ///
 /// # Errors
 /// See [`OpenError`]. Nothing stays open.
-pub fn open(config: &GatewayConfig) -> Result<Opened, OpenError> {
+pub fn open(config: &GatewayConfig, clock: Clock) -> Result<Opened, OpenError> {
     let workers = config.workers.number();
     let arena = Arena::new(ArenaConfig {
         frames: config.memory.frames,
@@ -187,7 +188,7 @@ pub fn open(config: &GatewayConfig) -> Result<Opened, OpenError> {
         });
         views.push(view);
     }
-    let mut assembled = assemble(assembly(config), &arena, open_ports)?;
+    let mut assembled = assemble(assembly(config, clock), &arena, open_ports)?;
     let fib = routes(config, &mut assembled.store)?;
     let mut draft = assembled.store.draft();
     draft.set_fib(Arc::new(fib));
@@ -200,7 +201,7 @@ pub fn open(config: &GatewayConfig) -> Result<Opened, OpenError> {
     })
 }
 
-fn assembly(config: &GatewayConfig) -> AssemblyConfig {
+fn assembly(config: &GatewayConfig, clock: Clock) -> AssemblyConfig {
     let cpus = match &config.workers.cpus {
         Some(cpus) => cpus.iter().map(|c| Some(usize::from(*c))).collect(),
         None => vec![None; config.workers.number()],
@@ -230,6 +231,7 @@ fn assembly(config: &GatewayConfig) -> AssemblyConfig {
             busy: config.workers.idle == Idle::Spin,
             ..IdlePolicy::default()
         },
+        clock,
         iv_seed: config.test_seed,
         ..AssemblyConfig::default()
     }

@@ -123,17 +123,17 @@ impl DataPlane for Plane {
         rows.collect()
     }
 
-    fn policy_hits(&self, direction: Direction, policy: PolicyIdx) -> u64 {
+    fn policy_hits(&self, direction: Direction, policy: PolicyIdx) -> Option<u64> {
         let of = |h: &Arc<PolicyHits>| {
             let list = match direction {
                 Direction::Out => &h.out,
                 Direction::In => &h.inbound,
             };
-            // The last place is shared by all policies beyond the table: no number of its own for them.
+            // The last place is shared by all policies beyond the table.
             let own = list.len().saturating_sub(1);
             list.get(policy.index())
                 .filter(|_| policy.index() < own)
-                .map_or(0, |c| c.value())
+                .map(|c| c.value())
         };
         self.hits.iter().map(of).sum()
     }

@@ -8,6 +8,7 @@ use control::api::{ApiConfig, Stats};
 use control::core::{Control, Parts};
 use control::plane::WorkerView;
 use control::run::{Ended, Options, Running, StartError};
+use quanta::{Clock, Mock};
 use sa_store::lease::{LeaseError, LeaseStore, LeaseWriter};
 use sa_store::ledger::{Balance, WorkerCounters};
 
@@ -21,6 +22,8 @@ use crate::worker::{Crew, Worker};
 
 /// Rounds of all workers between two looks at leases in an offline run: fewer packets than a first lease block.
 const OFFLINE_ROUNDS: u32 = 4;
+/// What a round takes under a seed, nanoseconds: time goes on with the rounds, so that whatever depends on it repeats.
+const ROUND_NANOS: u64 = 10_000;
 /// Rounds in which nothing moves after which an offline run is over.
 const QUIET: u32 = 256;
 
@@ -83,7 +86,7 @@ impl Service {
     pub fn start(config: &GatewayConfig) -> Result<Self, ServiceError> {
         let options = options(config)?;
         let alive = Arc::new(AtomicBool::new(true));
-        let built = build(config, Arc::clone(&alive))?;
+        let built = build(config, Arc::clone(&alive), Clock::new())?;
         privileges::drop_to(&config.privileges)?;
         let running = control::run::start(built.parts, options)?;
         let crew = Crew::start(built.workers).map_err(ServiceError::Threads)?;
@@ -130,6 +133,8 @@ pub struct Offline {
     workers: Vec<Worker>,
     control: Control,
     counters: Vec<Arc<WorkerCounters>>,
+    /// Hand of the clock, under a seed.
+    time: Option<Arc<Mock>>,
 }
 
 impl Offline {
@@ -138,7 +143,14 @@ impl Offline {
     /// # Errors
     /// See [`ServiceError`].
     pub fn open(config: &GatewayConfig) -> Result<Self, ServiceError> {
-        let built = build(config, Arc::new(AtomicBool::new(true)))?;
+        let (clock, time) = match config.test_seed {
+            None => (Clock::new(), None),
+            Some(_) => {
+                let (clock, time) = Clock::mock();
+                (clock, Some(time))
+            }
+        };
+        let built = build(config, Arc::new(AtomicBool::new(true)), clock)?;
         let mut control = Control::new(built.parts);
         let first = control.reload();
         if !first.ok {
@@ -148,6 +160,7 @@ impl Offline {
             workers: built.workers,
             control,
             counters: built.counters,
+            time,
         })
     }
 
@@ -157,6 +170,9 @@ impl Offline {
         let mut rounds = 0_u32;
         while quiet < QUIET {
             let mut moved = 0;
+            if let Some(time) = &self.time {
+                time.increment(ROUND_NANOS);
+            }
             for w in &mut self.workers {
                 moved += w.round();
             }
@@ -196,7 +212,11 @@ struct Built {
     counters: Vec<Arc<WorkerCounters>>,
 }
 
-fn build(config: &GatewayConfig, alive: Arc<AtomicBool>) -> Result<Built, ServiceError> {
+fn build(
+    config: &GatewayConfig,
+    alive: Arc<AtomicBool>,
+    clock: Clock,
+) -> Result<Built, ServiceError> {
     let crypto = Arc::new(crypto(config)?);
     crypto.log();
     let Opened {
@@ -204,7 +224,7 @@ fn build(config: &GatewayConfig, alive: Arc<AtomicBool>) -> Result<Built, Servic
         arena,
         ports,
         capture,
-    } = open(config)?;
+    } = open(config, clock)?;
     let leases = if config.test_seed.is_some() {
         LeaseStore::throw_away()?
     } else {

@@ -21,6 +21,7 @@ mod show;
 pub(crate) mod table;
 
 use std::fmt::Display;
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -240,6 +241,7 @@ pub(crate) fn log_to_stderr(level: &str, json: bool) {
     let filter = tracing_subscriber::EnvFilter::new(level);
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(colour())
         .with_writer(std::io::stderr);
     // Already set by somebody who embeds us: theirs stays.
     let _ = if json {
@@ -247,6 +249,12 @@ pub(crate) fn log_to_stderr(level: &str, json: bool) {
     } else {
         builder.with_target(false).try_init()
     };
+}
+
+/// Whether messages may be coloured: on a terminal, unless <https://no-color.org> is asked for.
+fn colour() -> bool {
+    let refused = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty());
+    std::io::stderr().is_terminal() && !refused
 }
 
 #[cfg(test)]

@@ -97,7 +97,7 @@ pub(super) fn policy_list(client: &ClientArgs) -> Result<(), Failure> {
                 p.name.clone(),
                 action,
                 p.selectors.join(", "),
-                number(p.hits),
+                p.hits.map_or_else(|| "not counted".into(), number),
             ]
         })
         .collect();

@@ -3,12 +3,12 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use pmd::Frame;
 use rtrb::{Consumer, Producer, RingBuffer};
 use sa_store::runtime::TunnelIdx;
+use sa_store::sleeper::Sleeper;
 
 use crate::wire::Parsed;
 
@@ -38,7 +38,7 @@ pub struct Handed {
 #[derive(Debug)]
 pub struct Waker {
     event: EventFd,
-    sleeping: AtomicBool,
+    sleeper: Sleeper,
 }
 
 impl Waker {
@@ -50,14 +50,13 @@ impl Waker {
         let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
         Ok(Self {
             event,
-            sleeping: AtomicBool::new(false),
+            sleeper: Sleeper::default(),
         })
     }
 
     /// Sender: after writing to the ring. Costs a system call only when the receiver sleeps.
     pub fn wake(&self) {
-        fence(Ordering::SeqCst);
-        if self.sleeping.load(Ordering::Relaxed) && self.sleeping.swap(false, Ordering::AcqRel) {
+        if self.sleeper.needs_waking() {
             // A full event counter means that a wake-up is pending already.
             let _ = self.event.write(1);
         }
@@ -65,13 +64,12 @@ impl Waker {
 
     /// Receiver: about to sleep. It must look at its rings once more after this.
     pub fn announce_sleep(&self) {
-        self.sleeping.store(true, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
+        self.sleeper.announce_sleep();
     }
 
     /// Receiver: awake.
     pub fn announce_awake(&self) {
-        self.sleeping.store(false, Ordering::Relaxed);
+        self.sleeper.announce_awake();
         let _ = self.event.read();
     }
 

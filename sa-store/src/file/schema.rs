@@ -84,8 +84,8 @@ struct SaKeysTable {
     auth_key: Option<String>,
     /// File with that key.
     auth_key_file: Option<String>,
-    /// The key was never used for sending: a missing lease record is then no error. Remove it after the
-    /// first start.
+    /// The key was never used, neither for sending nor for receiving: a missing lease record is then no error.
+    /// Remove it after the first start: with it, a lost lease store would repeat nonces and admit replays.
     first_use: Option<bool>,
 }
 

@@ -195,8 +195,6 @@ pub struct LeaseStore<M: Media = DiskMedia> {
     free: Vec<u32>,
     failed: bool,
     commits: u64,
-    /// Removed when dropped, for a throw-away store.
-    scratch: Option<Scratch>,
 }
 
 impl<M: Media> fmt::Debug for LeaseStore<M> {
@@ -220,7 +218,7 @@ impl LeaseStore {
         Self::load(DiskMedia::open(path, &header)?, path)
     }
 
-    /// A store in a directory of its own under the system's temporary one, removed on drop. For the demo,
+    /// A store in a directory of its own under the system's temporary one, which has no name any more. For the demo,
     /// for offline runs over captures and for tests: keys used with it must not be used elsewhere.
     ///
     /// # Errors
@@ -228,9 +226,10 @@ impl LeaseStore {
     pub fn throw_away() -> Result<Self, LeaseError> {
         let tag = u64::from_le_bytes(random()?);
         let path = std::env::temp_dir().join(format!("esplanade-leases-{tag:016x}"));
-        let mut store = Self::open(&path)?;
-        store.scratch = Some(Scratch(path));
-        Ok(store)
+        let store = Self::open(&path);
+        // The open file is all that is needed: nothing stays behind, however the process ends.
+        let _ = std::fs::remove_dir_all(&path);
+        store
     }
 }
 
@@ -270,7 +269,6 @@ impl<M: Media> LeaseStore<M> {
             free: Vec::new(),
             failed: false,
             commits: 0,
-            scratch: None,
         };
         store.table = store.read_page(TABLE, &mut block)?;
         // What lies behind the counted extents was still growing when the power went.
@@ -605,16 +603,6 @@ impl<M: Media> LeaseStore<M> {
             page.written();
         }
         Ok(())
-    }
-}
-
-/// A directory that goes with its store.
-struct Scratch(PathBuf);
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // Best effort: what stays behind is a file of hashes and counters in the temporary directory.
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 
