@@ -122,6 +122,22 @@ pub fn pinned() -> Option<usize> {
     own.next().filter(|_| own.next().is_none())
 }
 
+/// Calls `f` while the calling thread may run on every CPU that the process was started on: what it starts may so, too.
+pub fn unpinned<T>(f: impl FnOnce() -> T) -> T {
+    let own = pinned();
+    let mut all = CpuSet::new();
+    for cpu in allowed() {
+        // They came out of such a set.
+        let _ = all.set(*cpu);
+    }
+    let _ = sched_setaffinity(Pid::from_raw(0), &all);
+    let value = f();
+    if own.is_some() {
+        pin(own);
+    }
+    value
+}
+
 /// Huge pages reserved for the life of this value, one process at a time.
 #[derive(Debug)]
 pub struct HugePages {

@@ -14,7 +14,7 @@ use perf::bar::{self, Verdict};
 use perf::clock::Rates;
 use perf::machine::{self, HugePages, Machine};
 use perf::measure::{Bench, Effort};
-use perf::peer::Peer;
+use perf::peer::{Comparison, Peer, best_driver};
 use perf::policies;
 use perf::ports;
 use perf::report::{self, Report};
@@ -240,6 +240,7 @@ impl Ground {
                 rates,
                 outcomes: Vec::new(),
                 ports: Vec::new(),
+                comparisons: Vec::new(),
             },
         })
     }
@@ -379,34 +380,37 @@ impl Ground {
         let selection = Selection::new(Choice::Auto, Compare::Measure)?;
         let cpu = self.report.machine.pinned.unwrap_or(0);
         let peer = Peer::build(examples, work, cpu)?;
-        println!("outbound, millions of packets per second of CPU time");
-        println!(
-            "{:>7} {:>6} {:>9} {:>12} {:>7}",
-            "SAs", "size", "esplanade", "ipsec-secgw", "ratio"
-        );
+        println!("millions of packets per second (of CPU time, where it was shared)");
+        Comparison::print_head();
         let mut ahead = true;
         for &sas in sas {
-            for mix in sizes {
-                let scenario = Scenario {
-                    suite: "aes-128-gcm-16".parse()?,
-                    direction: Direction::Out,
-                    sas,
-                    flows: sas,
-                    policies: sas,
-                    workers: 1,
-                    spread: Spread::Owner,
-                    mix: mix.clone(),
-                    frames: self.frames,
+            for direction in [Direction::Out, Direction::In] {
+                let scenario = |mix: &Mix| -> Result<Scenario> {
+                    Ok(Scenario {
+                        suite: "aes-128-gcm-16".parse()?,
+                        direction,
+                        sas,
+                        flows: sas,
+                        policies: sas,
+                        workers: 1,
+                        spread: Spread::Owner,
+                        mix: mix.clone(),
+                        frames: self.frames,
+                    })
                 };
-                let theirs = peer.measure(&scenario, Duration::from_secs(4))?;
-                let ours = self.bench(&selection).measure(&scenario)?;
-                let ratio = ours.mpps / theirs;
-                ahead &= ratio > 1.0;
-                println!(
-                    "{sas:>7} {mix:>6} {:>9.2} {theirs:>12.2} {ratio:>6.2}x",
-                    ours.mpps
-                );
-                self.report.outcomes.push(ours);
+                let mut driver = None;
+                for mix in sizes {
+                    let scenario = scenario(mix)?;
+                    let bench = self.bench(&selection);
+                    let driver = match driver {
+                        Some(driver) => driver,
+                        None => *driver.insert(best_driver(&bench, &scenario, &peer)?),
+                    };
+                    let line = Comparison::measure(&bench, &scenario, &peer, driver)?;
+                    line.print();
+                    ahead &= line.ratio > 1.0;
+                    self.report.comparisons.push(line);
+                }
             }
         }
         Ok(ahead)

@@ -106,6 +106,21 @@ impl Bench<'_> {
         Ok(self.outcome(scenario, &series, limit_ns))
     }
 
+    /// The same with another number of runs.
+    #[must_use]
+    pub fn with_runs(&self, runs: usize) -> Bench<'_> {
+        Bench {
+            factory: self.factory,
+            arena: self.arena,
+            clock: self.clock,
+            rates: self.rates,
+            effort: Effort {
+                runs,
+                ..self.effort
+            },
+        }
+    }
+
     /// Runs a rig. `between` is called before each step, the clock standing still.
     ///
     /// # Errors
@@ -185,6 +200,14 @@ pub struct Series {
 }
 
 impl Series {
+    /// Adds the runs of another.
+    pub fn join(&mut self, other: Self) {
+        self.medians.extend(other.medians);
+        self.trimmed.extend(other.trimmed);
+        self.total += other.total;
+        self.steps += other.steps;
+    }
+
     fn add_run(&mut self, steps: &mut [f64]) {
         self.total += steps.iter().sum::<f64>();
         self.steps += steps.len();

@@ -64,10 +64,9 @@ pub fn while_changing(bench: &Bench<'_>, scenario: &Scenario) -> Result<Cost> {
     let (tables, made) = sync_channel(1);
     std::thread::scope(|scope| {
         // A thread starts where its maker is pinned: on this CPU it might never get to leave it.
-        let own = crate::machine::pinned();
-        crate::machine::pin(Some(0));
-        let maker = scope.spawn(|| make_tables(scenario, first, &tables, &stop));
-        crate::machine::pin(own);
+        let maker = crate::machine::unpinned(|| {
+            scope.spawn(|| make_tables(scenario, first, &tables, &stop))
+        });
         let mut updates = 0;
         let series = bench.run(&mut rig, |store| {
             updates += publish(store, scenario.direction, &made);

@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::clock::Rates;
 use crate::machine::Machine;
 use crate::measure::Outcome;
+use crate::peer::Comparison;
 use crate::ports::PortCost;
 
 /// Everything of one invocation.
@@ -23,6 +24,8 @@ pub struct Report {
     pub outcomes: Vec<Outcome>,
     /// Costs of ports.
     pub ports: Vec<PortCost>,
+    /// Lines beside the peer's.
+    pub comparisons: Vec<Comparison>,
 }
 
 impl Report {

@@ -374,6 +374,74 @@ pub fn arena_bytes(workers: usize, frames: usize) -> usize {
     (workers * (frames + 12 * POOL_CACHE) + 4 * POOL_CACHE) * STRIDE as usize
 }
 
+/// The packets of a scenario with one worker, as that worker gets them.
+pub fn generator(scenario: &Scenario) -> Generator {
+    let flows = (0..scenario.flows).map(|flow| scenario.destination(flow));
+    Generator::new(scenario.mix.clone(), flows.collect(), WORKER_MAC)
+}
+
+/// Gives `take` frames with `count` packets of an inbound scenario with one worker, sealed as the worker gets them.
+///
+/// # Errors
+/// Those of `take`; or the sealing gateway does not work.
+pub fn sealed(
+    scenario: &Scenario,
+    factory: &dyn CipherFactory,
+    arena: &Arc<Arena>,
+    count: usize,
+    mut take: impl FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
+    let one = |near: &str, far: &str| {
+        let config = PairConfig {
+            queues: 1,
+            ring: pmd::BURST,
+            mtu: 1500,
+        };
+        let (near, far) = pair(near, far, &config);
+        Ok::<_, anyhow::Error>((open(near, 1, arena)?, open(far, 1, arena)?))
+    };
+    let (mut feed, inside) = one("generator", "inside")?;
+    let (outside, mut collect) = one("outside", "capture")?;
+    let outside = outside
+        .into_iter()
+        .next()
+        .context("a queue was asked for")?;
+    let (mut worker, counters) = sealer(scenario, factory, arena, 0, inside, outside)?;
+    let (feed, collect) = (&mut feed[0], &mut collect[0]);
+    let mut generator = generator(scenario);
+    let mut pool = Pool::new(arena, POOL_CACHE);
+    let mut frames = Vec::with_capacity(pmd::BURST);
+    let mut left = count;
+    let mut outcome = Ok(());
+    while left != 0 && outcome.is_ok() {
+        let burst = left.min(pmd::BURST);
+        pool.get_bulk(&mut frames, burst);
+        for frame in &mut frames {
+            generator.fill(frame);
+        }
+        let target = counters.sent.value() + frames.len() as u64;
+        feed.tx_burst(&mut pool, &mut frames);
+        let mut idle = 0;
+        while counters.sent.value() < target && idle < STUCK {
+            idle = if worker.round() == 0 { idle + 1 } else { 0 };
+        }
+        pool.put_bulk(&mut frames);
+        let got = collect.rx_burst(&mut pool, &mut frames, burst);
+        if got != burst {
+            outcome = Err(anyhow::anyhow!("the sealing gateway lost packets"));
+        }
+        for frame in &frames {
+            outcome = outcome.and_then(|()| take(frame.data()));
+        }
+        pool.put_bulk(&mut frames);
+        left -= burst;
+    }
+    worker.shut_down();
+    feed.drain(&mut pool);
+    collect.drain(&mut pool);
+    outcome
+}
+
 /// Lane that a flow's packets come in by.
 fn lane_of(scenario: &Scenario, flow: u32) -> usize {
     let workers = scenario.workers;

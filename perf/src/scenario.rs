@@ -22,8 +22,9 @@ use crate::traffic::{FIRST_DESTINATION, Mix};
 /// Anti-replay window of inbound SAs, packets.
 pub const WINDOW: u32 = 1024;
 /// Peers live in 198.18.0.0/15, each SA its own.
-const FIRST_PEER: u32 = 0xc612_0000;
-const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+pub const FIRST_PEER: u32 = 0xc612_0000;
+/// The gateway's outer address.
+pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 
 /// Which worker gets a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -261,10 +262,11 @@ pub fn tunnel_name(sa: u32) -> String {
     format!("t{sa}")
 }
 
-/// Spread over the number space, as SPIs chosen at random are.
-fn spi(sa: u32) -> Spi {
-    let mixed = (sa + 1).wrapping_mul(0x85eb_ca6b);
-    Spi::new(mixed).unwrap_or_else(|| Spi::new(mixed | 1 << 31).expect("above the reserved values"))
+/// Spread over the lower half of the number space, as SPIs chosen at random are. ipsec-secgw compares them as signed
+/// numbers and loses some when they differ by more.
+pub fn spi(sa: u32) -> Spi {
+    let mixed = (sa + 1).wrapping_mul(0x85eb_ca6b) & 0x7fff_ffff;
+    Spi::new(mixed).unwrap_or_else(|| Spi::new(mixed | 1 << 30).expect("above the reserved values"))
 }
 
 /// Keys that differ from SA to SA. They guard nothing but generated packets.
