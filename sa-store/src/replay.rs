@@ -157,8 +157,8 @@ impl ReplayWindow {
         let window = if self.size == 0 { 1 << 31 } else { self.size };
         let lo = u64::from(seq_lo);
         let hi = if top_lo >= window - 1 {
-            // Case A: the window lies within one subspace.
-            if lo > top_lo - window {
+            // Case A: the window lies within one subspace. Its left edge may be 0, so no subtraction.
+            if lo + window > top_lo {
                 Some(top_hi)
             } else {
                 top_hi.checked_add(1)
@@ -275,6 +275,20 @@ mod tests {
         assert_eq!(accept(&w, 0xffff_fffe), Replay::Fresh(0xffff_fffe));
         assert_eq!(accept(&w, 0xffff_fffe), Replay::Duplicate);
         assert_eq!(accept(&w, 0), Replay::Fresh(0x1_0000_0000));
+    }
+
+    #[test]
+    fn esn_numbers_one_by_one_pass_the_point_where_the_window_fills() {
+        for size in [32_u32, 64, 1024, 4096] {
+            for start in [0_u64, 7 << 32] {
+                let w = ReplayWindow::resume(size, true, start);
+                for n in start + 1..=start + u64::from(size) * 3 {
+                    let lo = u32::try_from(n & 0xffff_ffff).unwrap();
+                    assert_eq!(accept(&w, lo), Replay::Fresh(n), "window {size}");
+                    assert_eq!(accept(&w, lo), Replay::Duplicate);
+                }
+            }
+        }
     }
 
     #[test]
