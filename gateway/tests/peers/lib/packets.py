@@ -18,14 +18,14 @@ def setns(fd):
         raise OSError(ctypes.get_errno(), "setns")
 
 
-def raw_socket(namespace, interface):
-    """Frames as they are, with the time at which the kernel saw them."""
+def raw_socket(namespace, interface, protocol=ETH_P_IP):
+    """Frames as they are, with the time at which the kernel saw them. Of one protocol the kernel takes VLAN tags off."""
     own = os.open("/proc/self/ns/net", os.O_RDONLY)
     there = os.open(f"/var/run/netns/{namespace}", os.O_RDONLY)
     try:
         setns(there)
-        s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_IP))
-        s.bind((interface, ETH_P_IP))
+        s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(protocol))
+        s.bind((interface, protocol))
     finally:
         setns(own)
         os.close(own)
