@@ -228,6 +228,7 @@ impl Chip for E1000e {
         r.clear(CTRL_EXT, CTRL_EXT_RESERVED_CLEAR);
         r.set(CTRL_EXT, CTRL_EXT_RESERVED_SET | CTRL_EXT_DRIVER_LOADED);
         r.set(GCR, GCR_RESERVED_SET);
+        start_phy(r)?;
         // 4. Statistics (4.6.4): reading clears them.
         for counter in COUNTERS {
             r.read(counter.offset);
@@ -305,10 +306,10 @@ impl Chip for E1000e {
         let causes = if self.msix {
             CAUSE_RX_QUEUE_0 << (queue & 1)
         } else {
-            // Without MSI-X a cause that was reported before must be read before it can be reported again.
-            self.regs.read(ICR);
             CAUSE_RX
         };
+        // What happened while masked was polled; left there it would interrupt at once.
+        self.regs.write(ICR, causes);
         self.regs.write(if on { IMS } else { IMC }, causes);
     }
 

@@ -12,6 +12,7 @@ pub(super) const CTRL: usize = 0x0000;
 pub(super) const STATUS: usize = 0x0008;
 pub(super) const EECD: usize = 0x0010;
 pub(super) const CTRL_EXT: usize = 0x0018;
+const MDIC: usize = 0x0020;
 // Interrupts.
 pub(super) const ICR: usize = 0x00c0;
 pub(super) const ICS: usize = 0x00c8;
@@ -63,9 +64,23 @@ pub(super) const TCTL_COLLISIONS: u32 = 0x0f << 4 | 0x3f << 12;
 pub(super) const RXCSUM_HASH_INSTEAD: u32 = 1 << 13;
 pub(super) const RAH_VALID: u32 = 1 << 31;
 
+/// The PHY's first register (IEEE 802.3, 22.2.4.1), and its address.
+const MDIC_CONTROL: u32 = 1 << 21;
+const MDIC_WRITE: u32 = 1 << 26;
+const MDIC_READ: u32 = 2 << 26;
+const MDIC_READY: u32 = 1 << 28;
+const MDIC_ERROR: u32 = 1 << 30;
+const PHY_RESTART: u32 = 1 << 9;
+const PHY_ISOLATE: u32 = 1 << 10;
+const PHY_POWER_DOWN: u32 = 1 << 11;
+const PHY_NEGOTIATE: u32 = 1 << 12;
+
+/// Longest time of one access to the PHY.
+const MDIC_LIMIT: Duration = Duration::from_millis(10);
 /// The datasheets' longest time for pending transfers to end.
 const MASTER_LIMIT: Duration = Duration::from_millis(100);
 const RESET_LIMIT: Duration = Duration::from_millis(500);
+const AUTO_READ_LIMIT: Duration = Duration::from_millis(20);
 /// From the write of the reset bit until registers may be touched.
 const RESET_PAUSE: Duration = Duration::from_millis(2);
 
@@ -89,15 +104,47 @@ pub(super) fn reset(regs: &Regs) -> Result<(), DeviceError> {
     regs.set(CTRL, CTRL_RESET);
     std::thread::sleep(RESET_PAUSE);
     regs.wait(CTRL, CTRL_RESET, 0, RESET_LIMIT, "reset")?;
-    regs.wait(
+    // Some devices (QEMU's 82576) never set the bit; whether there was something to read shows in the station address.
+    let read = regs.wait(
         EECD,
         EECD_AUTO_READ_DONE,
         EECD_AUTO_READ_DONE,
-        RESET_LIMIT,
+        AUTO_READ_LIMIT,
         "reading of the non-volatile memory",
-    )?;
+    );
+    match read {
+        Err(DeviceError::Timeout(what)) => tracing::debug!("timed out: {what}"),
+        other => other?,
+    }
     regs.write(IMC, u32::MAX);
     regs.read(ICR);
+    Ok(())
+}
+
+/// Has the PHY negotiate, which an earlier driver may have left powered down; leaves one alone that has a link.
+pub(super) fn start_phy(regs: &Regs) -> Result<(), DeviceError> {
+    let access = |command: u32| {
+        regs.write(MDIC, MDIC_CONTROL | command);
+        regs.wait(
+            MDIC,
+            MDIC_READY,
+            MDIC_READY,
+            MDIC_LIMIT,
+            "access to the PHY",
+        )?;
+        match regs.read(MDIC) {
+            value if value & MDIC_ERROR != 0 => {
+                Err(DeviceError::Broken("the PHY does not answer".into()))
+            }
+            value => Ok(value & 0xffff),
+        }
+    };
+    let control = access(MDIC_READ)?;
+    let off = control & (PHY_POWER_DOWN | PHY_ISOLATE) != 0 || control & PHY_NEGOTIATE == 0;
+    if off || !link(regs).is_some_and(|l| l.up) {
+        let on = control & !(PHY_POWER_DOWN | PHY_ISOLATE) | PHY_NEGOTIATE | PHY_RESTART;
+        access(MDIC_WRITE | on)?;
+    }
     Ok(())
 }
 

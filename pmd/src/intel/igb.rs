@@ -13,7 +13,7 @@
 //! Sections are those of the *Intel 82576 Gigabit Ethernet Controller Datasheet*.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::gigabit::*;
 use super::port::{Chip, CounterRegister, Filter, IntelPort, Plan};
@@ -64,11 +64,14 @@ const EIMS: usize = 0x1524;
 const EIMC: usize = 0x1528;
 const EIAC: usize = 0x152c;
 const EIAM: usize = 0x1530;
+const EICR: usize = 0x1580;
 /// 25 registers.
 const EITR: usize = 0x1680;
 /// 8 registers.
 const IVAR: usize = 0x1700;
 const RLPML: usize = 0x5004;
+const SWSM: usize = 0x5b50;
+const SW_FW_SYNC: usize = 0x5b5c;
 /// Registers of a receive queue, 0x40 apart.
 const RDBAL: usize = 0xc000;
 const RDBAH: usize = 0xc004;
@@ -88,6 +91,9 @@ const TXDCTL: usize = 0xe028;
 
 /// MSI-X, one message a cause; EIAM masks when the message is sent; pending bits cleared.
 const GPIE_MSIX: u32 = 1 | 1 << 4 | 1 << 30 | 1 << 31;
+/// Semaphores among drivers, and between drivers and firmware.
+const SWSM_SOFTWARE: u32 = 1 << 0;
+const SWSM_FIRMWARE: u32 = 1 << 1;
 const IVAR_VALID: u32 = 0x80;
 /// Advanced descriptors, one buffer.
 const SRRCTL_ADVANCED: u32 = 1 << 25;
@@ -103,6 +109,8 @@ const MRQC_RSS: u32 = 2 | 1 << 16 | 1 << 17 | 1 << 20 | 1 << 21;
 /// 9.5 KiB, the longest packet of the feature list, less the check sequence.
 const LARGEST_FRAME: usize = 9728 - 4;
 const REGISTERS: usize = 0x1_0000;
+const SWSM_LIMIT: Duration = Duration::from_millis(10);
+const PHY_LOCK_LIMIT: Duration = Duration::from_millis(500);
 const QUEUE_LIMIT: Duration = Duration::from_millis(100);
 
 /// This family in the table of drivers.
@@ -148,6 +156,59 @@ impl Igb {
             mac,
             model: Model::of(device.pci().map_or(0, |p| p.device)),
         })
+    }
+
+    /// Keeps firmware and the other ports' drivers from the PHY until the result is called (4.6.13).
+    fn lock_phy(&self) -> Result<impl Fn(), DeviceError> {
+        let r = &self.regs;
+        // The PHY of each port has a bit for software, and one for firmware 16 higher.
+        let port = r.read(STATUS) >> 2 & 3;
+        let ours = if port < 2 {
+            1 << (port + 1)
+        } else {
+            1 << (port + 3)
+        };
+        let end = Instant::now() + PHY_LOCK_LIMIT;
+        loop {
+            self.lock_sync()?;
+            let owners = r.read(SW_FW_SYNC);
+            if owners & (ours | ours << 16) == 0 {
+                r.write(SW_FW_SYNC, owners | ours);
+                r.clear(SWSM, SWSM_SOFTWARE | SWSM_FIRMWARE);
+                break;
+            }
+            r.clear(SWSM, SWSM_SOFTWARE | SWSM_FIRMWARE);
+            if Instant::now() >= end {
+                return Err(DeviceError::Timeout("the PHY to be free"));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(move || {
+            if self.lock_sync().is_ok() {
+                self.regs.clear(SW_FW_SYNC, ours);
+                self.regs.clear(SWSM, SWSM_SOFTWARE | SWSM_FIRMWARE);
+            }
+        })
+    }
+
+    /// Takes the semaphore of [`SW_FW_SYNC`]: among drivers (the bit is set by reading it as 0), then against firmware.
+    fn lock_sync(&self) -> Result<(), DeviceError> {
+        let r = &self.regs;
+        let taken = r.wait(SWSM, SWSM_SOFTWARE, 0, SWSM_LIMIT, "the drivers' semaphore");
+        if let Err(DeviceError::Timeout(_)) = taken {
+            // Left by a driver that died; this is what the datasheet's note on lost semaphores asks for.
+            r.clear(SWSM, SWSM_SOFTWARE | SWSM_FIRMWARE);
+        }
+        let end = Instant::now() + SWSM_LIMIT;
+        loop {
+            r.set(SWSM, SWSM_FIRMWARE);
+            if r.read(SWSM) & SWSM_FIRMWARE != 0 {
+                return Ok(());
+            }
+            if Instant::now() >= end {
+                return Err(DeviceError::Timeout("the firmware's semaphore"));
+            }
+        }
     }
 
     /// Vector `queue` for receive queue `queue` (7.3.1.2).
@@ -221,6 +282,10 @@ impl Chip for Igb {
             CTRL_SET_LINK_UP,
         );
         r.set(CTRL_EXT, CTRL_EXT_DRIVER_LOADED);
+        let unlock = self.lock_phy()?;
+        let negotiating = start_phy(r);
+        unlock();
+        negotiating?;
         // 4. Statistics (4.5.8): reading clears them.
         for counter in COUNTERS {
             r.read(counter.offset);
@@ -304,6 +369,8 @@ impl Chip for Igb {
     }
 
     fn arm(&self, queue: usize, on: bool) {
+        // What happened while masked was polled; left there it would interrupt at once.
+        self.regs.write(EICR, 1 << (queue & 0xf));
         self.regs
             .write(if on { EIMS } else { EIMC }, 1 << (queue & 0xf));
     }

@@ -451,6 +451,8 @@ impl Chip for Ixgbe {
     }
 
     fn arm(&self, queue: usize, on: bool) {
+        // What happened while masked was polled; left there it would interrupt at once.
+        self.regs.write(EICR, 1 << (queue & 0xf));
         self.regs
             .write(if on { EIMS_EX } else { EIMC_EX }, 1 << (queue & 0xf));
     }

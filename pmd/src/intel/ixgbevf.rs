@@ -31,6 +31,7 @@ const IDS: &[(u16, u16)] = &[(0x8086, VF_82599), (0x8086, 0x1515), (0x8086, 0x15
 const VFCTRL: usize = 0x0000;
 const VFSTATUS: usize = 0x0008;
 const VFLINKS: usize = 0x0010;
+const VTEICR: usize = 0x0100;
 const VTEICS: usize = 0x0104;
 const VTEIMS: usize = 0x0108;
 const VTEIMC: usize = 0x010c;
@@ -258,6 +259,8 @@ impl Chip for IxgbeVf {
     }
 
     fn arm(&self, queue: usize, on: bool) {
+        // What happened while masked was polled; left there it would interrupt at once.
+        self.regs.write(VTEICR, 1 << (queue & 3));
         self.regs
             .write(if on { VTEIMS } else { VTEIMC }, 1 << (queue & 3));
     }

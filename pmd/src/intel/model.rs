@@ -351,6 +351,8 @@ impl Model {
         let value = s.regs.get(&offset).copied().unwrap_or(0);
         match (self.family, offset) {
             (Family::IxgbeVf, _) => super::model_vf::read(s.parts(), offset, value),
+            // The PHY answers at once: negotiation is on.
+            (Family::E1000e | Family::Igb, 0x20) => value | 1 << 28 | 0x1140,
             (_, STATUS) => {
                 let disabled = s.regs.get(&CTRL).copied().unwrap_or(0) & 4 != 0;
                 let link = if s.link_down { 0 } else { 0x83 };

@@ -133,6 +133,9 @@ pub fn open(device: Arc<dyn Device>, options: &NicOptions) -> Result<Box<dyn Por
 }
 
 #[cfg(test)]
+mod bed;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::device::model::{ModelBus, ModelDevice};
