@@ -16,4 +16,5 @@ pub mod ports;
 pub mod report;
 pub mod rig;
 pub mod scenario;
+pub mod stages;
 pub mod traffic;

@@ -15,11 +15,12 @@ use perf::clock::Rates;
 use perf::machine::{self, HugePages, Machine};
 use perf::measure::{Bench, Effort};
 use perf::peer::{Comparison, Peer, best_driver};
-use perf::policies;
+use perf::policies::{self, PolicyCost};
 use perf::ports;
 use perf::report::{self, Report};
 use perf::rig;
 use perf::scenario::{Scenario, Spread};
+use perf::stages;
 use perf::traffic::Mix;
 use pmd::Arena;
 use quanta::Clock;
@@ -68,6 +69,8 @@ struct Common {
 enum Command {
     /// Measures every combination of the lists.
     Run(RunArgs),
+    /// Where the time of a packet goes. Needs a build with `--features stages`.
+    Stages(RunArgs),
     /// Measures the cells of the peers' table and compares.
     Bar {
         /// Crypto providers to measure with, one table each.
@@ -166,7 +169,9 @@ fn main() -> ExitCode {
 /// Whether everything that was to be reached was reached.
 fn run(cli: &Cli) -> Result<bool> {
     let workers = match &cli.command {
-        Command::Run(args) => args.workers.iter().copied().max().unwrap_or(1),
+        Command::Run(args) | Command::Stages(args) => {
+            args.workers.iter().copied().max().unwrap_or(1)
+        }
         Command::Bar { .. } | Command::Policies { .. } | Command::Ports | Command::Peer { .. } => 1,
     };
     let others = match cli.command {
@@ -177,6 +182,7 @@ fn run(cli: &Cli) -> Result<bool> {
     report::print_machine(&ground.report.machine, &ground.report.rates);
     let done = match &cli.command {
         Command::Run(args) => ground.run(args),
+        Command::Stages(args) => ground.stages(args),
         Command::Bar { providers } => ground.bar(providers),
         Command::Policies { policies, flows } => ground.policies(*policies, *flows),
         Command::Ports => ground.ports(),
@@ -240,6 +246,8 @@ impl Ground {
                 rates,
                 outcomes: Vec::new(),
                 ports: Vec::new(),
+                stages: Vec::new(),
+                policies: Vec::new(),
                 comparisons: Vec::new(),
             },
         })
@@ -262,6 +270,16 @@ impl Ground {
             let outcome = self.bench(&selection).measure(&scenario)?;
             report::print_outcome(&outcome);
             self.report.outcomes.push(outcome);
+        }
+        Ok(true)
+    }
+
+    fn stages(&mut self, args: &RunArgs) -> Result<bool> {
+        let selection = Selection::new(args.provider, Compare::Measure)?;
+        for scenario in self.scenarios(args) {
+            let account = stages::measure(&self.bench(&selection), &scenario)?;
+            stages::print(&account, self.report.rates.tsc_ghz);
+            self.report.stages.push(account);
         }
         Ok(true)
     }
@@ -336,7 +354,6 @@ impl Ground {
 
     fn policies(&mut self, many: u32, flows: u32) -> Result<bool> {
         let selection = Selection::new(Choice::Auto, Compare::Measure)?;
-        let bench = self.bench(&selection);
         println!("{flows} flows, 1 SA, 64 B; ns per packet, share of the speed with one policy");
         let mut reached = true;
         for direction in [Direction::Out, Direction::In] {
@@ -353,17 +370,19 @@ impl Ground {
                     frames: self.frames,
                 })
             };
+            let bench = self.bench(&selection);
             let one = policies::at_rest(&bench, &scenario(1)?)?;
             let rest = policies::at_rest(&bench, &scenario(many)?)?;
             let changing = policies::while_changing(&bench, &scenario(many)?)?;
             println!("{direction:?}: 1 policy {:.1}", one.ns);
             for (what, cost) in [("at rest", rest), ("while they change", changing)] {
-                let share = one.ns / cost.ns;
-                reached &= share >= 0.9;
+                let line = PolicyCost::new(direction, many, flows, one, cost);
+                reached &= line.share >= 0.9;
                 println!(
-                    "{direction:?}: {many} policies {what} {:.1}, {share:.2} ({} updates)",
-                    cost.ns, cost.updates
+                    "{direction:?}: {many} policies {what} {:.1}, {:.2} ({} updates published, each made in {:.0} us)",
+                    cost.ns, line.share, cost.updates, cost.update_us
                 );
+                self.report.policies.push(line);
             }
         }
         Ok(reached)

@@ -200,6 +200,11 @@ pub struct Series {
 }
 
 impl Series {
+    /// Steps of all runs.
+    pub fn steps(&self) -> usize {
+        self.steps
+    }
+
     /// Adds the runs of another.
     pub fn join(&mut self, other: Self) {
         self.medians.extend(other.medians);

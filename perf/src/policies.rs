@@ -5,11 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
+use std::time::{Duration, Instant};
+
 use anyhow::Result;
 use sa_store::policy::{Action, Policy};
 use sa_store::sa::Direction;
 use sa_store::spd::{Edit, Spd, TunnelIdx};
 use sa_store::store::Store;
+use serde::Serialize;
 
 use crate::clock::median;
 use crate::measure::{Bench, Series};
@@ -28,6 +31,48 @@ pub struct Cost {
     pub ns: f64,
     /// Policy updates published while it was measured.
     pub updates: u64,
+    /// Microseconds in which another thread made one, mean.
+    pub update_us: f64,
+}
+
+/// Many policies beside one.
+#[derive(Clone, Debug, Serialize)]
+pub struct PolicyCost {
+    /// Direction.
+    pub direction: &'static str,
+    /// How many are many.
+    pub policies: u32,
+    /// Flows, in both cases.
+    pub flows: u32,
+    /// Nanoseconds per packet with one policy.
+    pub one_ns: f64,
+    /// With many.
+    pub many_ns: f64,
+    /// Speed with many over speed with one.
+    pub share: f64,
+    /// Updates published meanwhile; 0 is at rest.
+    pub updates: u64,
+    /// Microseconds to make one.
+    pub update_us: f64,
+}
+
+impl PolicyCost {
+    /// Compares `many` with `one`.
+    pub fn new(direction: Direction, policies: u32, flows: u32, one: Cost, many: Cost) -> Self {
+        Self {
+            direction: match direction {
+                Direction::Out => "out",
+                Direction::In => "in",
+            },
+            policies,
+            flows,
+            one_ns: one.ns,
+            many_ns: many.ns,
+            share: one.ns / many.ns,
+            updates: many.updates,
+            update_us: many.update_us,
+        }
+    }
 }
 
 impl Cost {
@@ -35,6 +80,7 @@ impl Cost {
         Self {
             ns: median(&mut series.trimmed.clone()),
             updates,
+            update_us: 0.0,
         }
     }
 }
@@ -75,10 +121,11 @@ pub fn while_changing(bench: &Bench<'_>, scenario: &Scenario) -> Result<Cost> {
         // The maker may wait for room.
         let _ = made.try_recv();
         let outcome = maker.join();
-        if let Ok(made) = outcome {
-            made?;
-        }
-        Ok(Cost::of(&series?, updates))
+        let update_us = outcome.unwrap_or(Ok(0.0))?;
+        Ok(Cost {
+            update_us,
+            ..Cost::of(&series?, updates)
+        })
     })
 }
 
@@ -99,25 +146,30 @@ fn publish(store: &mut Store, direction: Direction, made: &Receiver<Arc<Spd>>) -
     1
 }
 
-/// Tables with and without the changing policies, in turn, each made from the one before.
+/// Makes tables with and without the changing policies, in turn, each from the one before. Returns microseconds per
+/// table.
 fn make_tables(
     scenario: &Scenario,
     mut spd: Arc<Spd>,
     tables: &SyncSender<Arc<Spd>>,
     stop: &AtomicBool,
-) -> Result<()> {
+) -> Result<f64> {
     let list = (0..CHANGING).map(|n| changing(n, scenario.direction));
     let (put, remove): (Vec<_>, Vec<_>) = list
         .map(|p| (Edit::Put(p.clone()), Edit::Remove(p.name)))
         .unzip();
     // Versions in use by the other thread end here, so that freeing them costs no time on the clock.
     let mut kept = VecDeque::new();
+    let (mut spent, mut count) = (Duration::ZERO, 0u32);
     for edits in [&put, &remove].into_iter().cycle() {
         if stop.load(Ordering::Relaxed) {
             break;
         }
+        let begin = Instant::now();
         let (next, _) = spd.edited(edits, tunnel)?;
         spd = Arc::new(next);
+        spent += begin.elapsed();
+        count += 1;
         kept.push_back(Arc::clone(&spd));
         if tables.send(Arc::clone(&spd)).is_err() {
             break;
@@ -126,7 +178,7 @@ fn make_tables(
             kept.pop_front();
         }
     }
-    Ok(())
+    Ok(spent.as_secs_f64() * 1e6 / f64::from(count.max(1)))
 }
 
 fn changing(n: u32, direction: Direction) -> Policy {
@@ -148,7 +200,6 @@ mod tests {
     use crate::scenario::Spread;
     use gateway::crypto::{Fixed, rustcrypto::RustCrypto};
     use quanta::Clock;
-    use std::time::Duration;
 
     #[test]
     fn packets_flow_while_tables_are_replaced() {

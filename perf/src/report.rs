@@ -11,7 +11,9 @@ use crate::clock::Rates;
 use crate::machine::Machine;
 use crate::measure::Outcome;
 use crate::peer::Comparison;
+use crate::policies::PolicyCost;
 use crate::ports::PortCost;
+use crate::stages::Account;
 
 /// Everything of one invocation.
 #[derive(Debug, Serialize)]
@@ -24,6 +26,10 @@ pub struct Report {
     pub outcomes: Vec<Outcome>,
     /// Costs of ports.
     pub ports: Vec<PortCost>,
+    /// Time by stage.
+    pub stages: Vec<Account>,
+    /// One policy against many.
+    pub policies: Vec<PolicyCost>,
     /// Lines beside the peer's.
     pub comparisons: Vec<Comparison>,
 }

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use anyhow::{Context, Result, bail};
 use gateway::app::{AssemblyConfig, OpenPort, assemble};
-use gateway::worker::{Locals, PortSetup, Side, Worker};
+use gateway::worker::{Locals, PortSetup, Side, StageTicks, Worker};
 use pmd::memory::{MemoryPort, PairConfig, pair};
 use pmd::port::MacAddr;
 use pmd::{Arena, ArenaConfig, Frame, HugePolicy, Pool, Port, PortQueue};
@@ -280,6 +280,17 @@ impl Rig {
         }
     }
 
+    /// Ticks spent in each stage so far, all workers; nothing in a build without the feature `stages`.
+    pub fn stage_ticks(&self) -> Option<StageTicks> {
+        let mut sum = StageTicks::default();
+        for lane in &self.lanes {
+            for (sum, ticks) in sum.iter_mut().zip(lane.worker.stage_ticks()?) {
+                *sum += ticks;
+            }
+        }
+        Some(sum)
+    }
+
     /// Packets handed from worker to worker so far.
     pub fn handed_over(&self) -> u64 {
         self.counters.iter().map(|c| c.handed_in.value()).sum()
@@ -335,6 +346,7 @@ impl Lane {
 
     /// Rounds until everything is sent. Returns the ticks that it took.
     fn run(&mut self, clock: &Clock, done: impl Fn() -> bool) -> u64 {
+        self.worker.skip_stage();
         let start = clock.raw();
         let mut idle = 0;
         while !done() {

@@ -24,6 +24,7 @@ use super::inbound::Inbound;
 use super::lane::Info;
 use super::outbound::Outbound;
 use super::setup::{PipelineConfig, PolicyHits, Side};
+use super::stages::{Stage, StageClock};
 use crate::esp::iv::CbcIvGen;
 use crate::wire::{self, Family, Frag, Kind, NattPorts, Parsed};
 
@@ -38,6 +39,7 @@ pub(super) struct Shared {
     pub(super) handover: Handover,
     pub(super) engine: Box<dyn EspEngine>,
     pub(super) natt: NattPorts,
+    pub(super) stages: StageClock,
     /// Gateway clock of this round, nanoseconds.
     pub(super) now: u64,
 }
@@ -125,6 +127,7 @@ impl Core {
             work += self.receive();
         }
         work += self.receive_handed();
+        self.shared.stages.mark(Stage::Receive);
         work += self
             .inbound
             .run(&mut self.shared, snapshot, &mut self.outbound);
@@ -134,6 +137,7 @@ impl Core {
             .ports
             .transmit(&mut self.shared.pool, &self.shared.counters);
         self.flush_handover();
+        self.shared.stages.mark(Stage::Transmit);
         self.settle(work);
         let held = self.shared.ports.backlog() + self.inbound.held() + self.outbound.held();
         self.shared.counters.waiting.set(held as u64);
@@ -211,8 +215,10 @@ impl Core {
                 continue;
             }
             got += n;
+            self.shared.stages.mark(Stage::Receive);
             #[allow(clippy::cast_possible_truncation, reason = "ports are numbered by u16")]
             self.sort(port as u16);
+            self.shared.stages.mark(Stage::Parse);
         }
         if got != 0 {
             self.shared.counters.received.add(got as u64);

@@ -16,6 +16,7 @@ use super::handover::{Handed, Task};
 use super::lane::{Info, Lane};
 use super::outbound::{AHEAD, Outbound};
 use super::setup::{PipelineConfig, PolicyHits, Side};
+use super::stages::Stage;
 use crate::esp::decap::{self, DecapPre, Decapped};
 use crate::esp::reassembly::{Fate, Reassembler};
 use crate::wire::{self, Frag, Kind, Parsed, proto};
@@ -96,12 +97,14 @@ impl Inbound {
         }
         if !self.esp.is_empty() {
             self.look_up(shared, snapshot, out);
+            shared.stages.mark(Stage::LookUp);
         }
         if !self.jobs.is_empty() {
             shared
                 .engine
                 .submit(snapshot, &mut self.jobs, &mut self.done);
             self.refuse_rest(shared);
+            shared.stages.mark(Stage::Crypto);
         }
         work += self.done.len();
         self.finish(shared, snapshot, out);
@@ -192,7 +195,9 @@ impl Inbound {
             let judged = self.judge(shared, snapshot, job);
             self.judged.push(judged);
         }
+        shared.stages.mark(Stage::Judge);
         self.ask_policy(shared, snapshot);
+        shared.stages.mark(Stage::Policy);
         let mut verdicts = self.verdicts.iter();
         let mut opened = self.opened.iter();
         for (job, judged) in done.drain(..).zip(&self.judged) {
@@ -224,6 +229,7 @@ impl Inbound {
             out.forward.push(job.frame, *info);
         }
         self.done = done;
+        shared.stages.mark(Stage::Accept);
     }
 
     /// ICV, window, structure, limits and the SA's own selectors. Notes the key of a packet that policies must

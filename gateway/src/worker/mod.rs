@@ -9,9 +9,11 @@ mod inbound;
 mod lane;
 mod outbound;
 mod setup;
+mod stages;
 mod thread;
 
 pub use handover::{Handed, Handover, Task, Waker};
 pub use idle::{Backoff, Idle, IdlePolicy};
 pub use setup::{Locals, PipelineConfig, PolicyHits, PortSetup, Side, WorkerParts};
+pub use stages::{Stage, StageTicks};
 pub use thread::{Crew, Worker, gateway_now};

@@ -18,6 +18,7 @@ use super::egress::{Egress, PortHop};
 use super::handover::{Handed, Task};
 use super::lane::{Info, Lane};
 use super::setup::{PipelineConfig, PolicyHits, Side};
+use super::stages::Stage;
 use crate::esp::encap::{self, EncapArgs, EncapState, Hop};
 use crate::esp::fragment::fragment;
 use crate::esp::icmp::{self, IcmpError};
@@ -102,12 +103,15 @@ impl Outbound {
         let mut work = self.forward.len() + self.clear.len() + self.protect.len();
         if !self.forward.is_empty() {
             self.forward(shared, snapshot);
+            shared.stages.mark(Stage::Forward);
         }
         if !self.clear.is_empty() {
             self.decide(shared, snapshot);
+            shared.stages.mark(Stage::Policy);
         }
         if !self.protect.is_empty() {
             self.encapsulate(shared, snapshot);
+            shared.stages.mark(Stage::Encap);
         }
         self.cover.follow(snapshot, shared.id, shared.now);
         while let Some(id) = self.cover.next_due(shared.now) {
@@ -120,9 +124,11 @@ impl Outbound {
             for job in self.jobs.drain(..) {
                 shared.drop(job.frame, DropReason::EngineBusy);
             }
+            shared.stages.mark(Stage::Crypto);
         }
         work += self.done.len();
         self.finish(shared, snapshot);
+        shared.stages.mark(Stage::Finish);
         work
     }
 

@@ -16,6 +16,7 @@ use super::egress::Ports;
 use super::handover::Waker;
 use super::idle::{Backoff, Idle};
 use super::setup::WorkerParts;
+use super::stages::{Stage, StageClock, StageTicks};
 use crate::esp::iv::CbcIvGen;
 use crate::wire::NattPorts;
 
@@ -61,6 +62,7 @@ impl Worker {
             pool,
             handover,
             engine,
+            stages: StageClock::new(&clock),
             now: 0,
         };
         Self {
@@ -88,7 +90,21 @@ impl Worker {
         } else {
             self.counters.idle_polls.add(1);
         }
+        self.core.shared.stages.mark(Stage::Rest);
         work
+    }
+
+    /// Ticks spent in each stage so far; nothing in a build without the feature `stages`.
+    pub fn stage_ticks(&self) -> Option<StageTicks> {
+        #[cfg(feature = "stages")]
+        return Some(self.core.shared.stages.ticks());
+        #[cfg(not(feature = "stages"))]
+        None
+    }
+
+    /// Leaves the time since the last round out of the stages' account.
+    pub fn skip_stage(&mut self) {
+        self.core.shared.stages.skip();
     }
 
     /// Whether no port will ever receive anything again and nothing is inside.
