@@ -49,6 +49,8 @@ pub struct EspJob {
     pub seq: u64,
     /// Caller's own mark, untouched by engines.
     pub tag: u64,
+    /// Another one.
+    pub note: u32,
     /// Where the ESP header starts in the frame, bytes.
     pub esp_off: u16,
     /// End of the ESP packet (behind the ICV) in the frame, bytes.

@@ -172,6 +172,33 @@ impl Frame {
         self.data_mut().get_mut(..usize::from(n))
     }
 
+    /// As [`prepend`](Self::prepend) with a number that is known when compiling.
+    #[inline(always)]
+    pub fn prepend_array<const N: usize>(&mut self) -> Option<&mut [u8; N]> {
+        let n = const {
+            assert!(N <= 0x7fff);
+            N.to_le_bytes()
+        };
+        let n = u16::from_le_bytes([n[0], n[1]]);
+        self.offset = self.offset.checked_sub(n)?;
+        self.len += n;
+        self.data_mut().first_chunk_mut()
+    }
+
+    /// Grows the data by `front` bytes in front and `behind` bytes behind, whose content is whatever was there. False and
+    /// unchanged when head-room or tail-room is smaller.
+    #[inline(always)]
+    pub fn expand(&mut self, front: u16, behind: u16) -> bool {
+        // Both sums are within 17 bits, and the stride is what bounds the data.
+        let end = u32::from(self.offset) + u32::from(self.len) + u32::from(behind);
+        if front > self.offset || end > u32::from(self.stride) {
+            return false;
+        }
+        self.offset -= front;
+        self.len += front + behind;
+        true
+    }
+
     /// Grows the data by `n` bytes behind and returns these, whose content is whatever was there. `None` and unchanged when
     /// the tail-room is smaller.
     #[inline(always)]

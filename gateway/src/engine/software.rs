@@ -67,58 +67,60 @@ impl EspEngine for SoftwareEngine {
 /// Ciphers up to [`RUN`] jobs of one direction, lane by lane: jobs of several SAs that a provider may mix go to
 /// it in one call. Jobs of one SA share a lane, so their order is kept.
 fn cipher_run(view: &Snapshot, kind: JobKind, jobs: &mut [EspJob]) {
-    let mut left = jobs.len();
+    // Nearly always all jobs are of one lane: the first pass is then the last.
+    while cipher_lane(view, kind, jobs) {}
+}
+
+/// Ciphers the jobs that are of the first pending one's lane. True when others are left.
+#[inline(always)]
+fn cipher_lane(view: &Snapshot, kind: JobKind, jobs: &mut [EspJob]) -> bool {
+    let mut batch: ArrayVec<CipherJob<'_>, RUN> = ArrayVec::new();
+    let mut statuses: ArrayVec<&mut JobStatus, RUN> = ArrayVec::new();
     let mut lane = None;
-    while left != 0 {
-        let mut places: ArrayVec<usize, RUN> = ArrayVec::new();
-        let mut batch: ArrayVec<CipherJob<'_>, RUN> = ArrayVec::new();
-        let mut gone = 0;
-        for (place, job) in jobs.iter_mut().enumerate() {
-            if job.status != JobStatus::Pending {
-                continue;
-            }
-            let Some(entry) = view.sa(job.sa) else {
-                job.status = JobStatus::SaGone;
-                gone += 1;
-                continue;
-            };
-            let ctx = &*entry.fixed.cipher;
-            if *lane.get_or_insert(entry.fixed.lane) != entry.fixed.lane {
-                continue;
-            }
-            let (from, to) = (usize::from(job.esp_off), usize::from(job.esp_end));
-            let Some(esp) = job.frame.data_mut().get_mut(from..to) else {
-                job.status = JobStatus::Failed;
-                gone += 1;
-                continue;
-            };
-            #[allow(clippy::cast_possible_truncation, reason = "upper half of a u64")]
-            let seq_hi = (job.seq >> 32) as u32;
-            places.push(place);
-            batch.push(CipherJob {
-                ctx,
-                esp,
-                seq_hi,
-                ok: false,
-            });
+    let mut others = false;
+    for job in jobs.iter_mut() {
+        if job.status != JobStatus::Pending {
+            continue;
         }
-        if let Some(first) = batch.first() {
-            let ctx = first.ctx;
-            match kind {
-                JobKind::Seal => ctx.seal(&mut batch),
-                JobKind::Open => ctx.open(&mut batch),
-            }
+        let Some(entry) = view.sa(job.sa) else {
+            job.status = JobStatus::SaGone;
+            continue;
+        };
+        let fixed = &entry.fixed;
+        if *lane.get_or_insert(fixed.lane) != fixed.lane {
+            others = true;
+            continue;
         }
-        left -= gone + batch.len();
-        let results: ArrayVec<bool, RUN> = batch.iter().map(|j| j.ok).collect();
-        drop(batch);
-        for (place, ok) in places.into_iter().zip(results) {
-            jobs[place].status = match (ok, kind) {
-                (true, _) => JobStatus::Done,
-                (false, JobKind::Open) => JobStatus::IcvMismatch,
-                (false, JobKind::Seal) => JobStatus::Failed,
-            };
-        }
-        lane = None;
+        let (from, to) = (usize::from(job.esp_off), usize::from(job.esp_end));
+        let Some(esp) = job.frame.data_mut().get_mut(from..to) else {
+            job.status = JobStatus::Failed;
+            continue;
+        };
+        #[allow(clippy::cast_possible_truncation, reason = "upper half of a u64")]
+        let seq_hi = (job.seq >> 32) as u32;
+        statuses.push(&mut job.status);
+        batch.push(CipherJob {
+            ctx: &*fixed.cipher,
+            esp,
+            seq_hi,
+            ok: false,
+        });
     }
+    let Some(ctx) = batch.first().map(|first| first.ctx) else {
+        return false;
+    };
+    let failed = match kind {
+        JobKind::Seal => {
+            ctx.seal(&mut batch);
+            JobStatus::Failed
+        }
+        JobKind::Open => {
+            ctx.open(&mut batch);
+            JobStatus::IcvMismatch
+        }
+    };
+    for (status, job) in statuses.iter_mut().zip(&batch) {
+        **status = if job.ok { JobStatus::Done } else { failed };
+    }
+    others
 }

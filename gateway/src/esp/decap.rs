@@ -8,7 +8,7 @@ use sa_store::sa::Mode;
 use super::{ecn, encap};
 use crate::wire::tcp;
 use crate::wire::{
-    Family, Kind, NattPorts, Parsed, checksum, ipv4, ipv6, len16, parse_ip_at, proto,
+    Family, Kind, NattPorts, Parsed, checksum, ipv4, ipv6, len16, parse_ip, parse_ip_into, proto,
 };
 
 /// An inbound packet that may be opened.
@@ -24,7 +24,7 @@ pub struct DecapPre {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decapped {
     /// An inner packet: the frame's data is exactly it.
-    Packet(Parsed),
+    Packet,
     /// To be given back and counted.
     Consumed(Consumed),
 }
@@ -52,20 +52,22 @@ pub fn pre(p: &Parsed, plan: &InPlan) -> Result<DecapPre, DropReason> {
     })
 }
 
-/// Takes the ESP envelope off a packet that was opened successfully. `p` and `pre` are those of the outer
-/// packet. The inner packet's TTL and addresses are as the peer sent them: policy and forwarding come next.
+/// Takes the ESP envelope off a packet that was opened successfully, and describes what is left in `inner`. `tos` is
+/// the outer packet's, `esp_off` where its ESP header starts. The inner packet's TTL and addresses are as the peer sent
+/// them: policy and forwarding come next.
 ///
 /// # Errors
 /// `BadPadding`, `BadNextHeader`, `InnerMalformed`, `EcnInvalid`. The frame's content is then unspecified.
 #[inline]
 pub fn post(
     frame: &mut Frame,
-    p: &Parsed,
-    pre: DecapPre,
+    tos: u8,
+    esp_off: u16,
     plan: &InPlan,
     natt: NattPorts,
+    inner: &mut Parsed,
 ) -> Result<Decapped, DropReason> {
-    let body = usize::from(pre.esp_off) + ESP_HEADER + usize::from(plan.iv_len);
+    let body = usize::from(esp_off) + ESP_HEADER + usize::from(plan.iv_len);
     let trailer = trailer(frame.data(), body, usize::from(plan.icv_len))?;
     if trailer.next_header == proto::NO_NEXT {
         return Ok(Decapped::Consumed(Consumed::Dummy));
@@ -81,28 +83,31 @@ pub fn post(
             if !frame.trim_back(behind) || !frame.trim_front(body) {
                 return Err(DropReason::InnerMalformed);
             }
-            let mut inner = inner(frame.data(), family, natt)?;
+            describe(frame.data(), family, natt, inner)?;
             // Traffic-flow-confidentiality padding stands behind the inner packet.
             let extra = frame.len() - usize::from(inner.l3_len);
             if extra != 0 {
                 frame.trim_back(extra);
             }
-            if plan.ecn {
-                let tos = ecn::combine(inner.tos, p.tos)?;
+            if plan.ecn && tos & 3 != inner.tos & 3 {
+                let tos = ecn::combine(inner.tos, tos)?;
                 if tos != inner.tos {
                     set_tos(frame.data_mut(), family, tos);
                     inner.tos = tos;
                 }
             }
-            Ok(Decapped::Packet(inner))
         }
         Mode::Transport => {
+            // The outer header is still there, as it came.
+            let p = parse_ip(frame.data(), natt)?;
             if !frame.trim_back(behind) {
                 return Err(DropReason::InnerMalformed);
             }
-            transport(frame, p, body, trailer.next_header, plan, natt).map(Decapped::Packet)
+            transport(frame, &p, body, trailer.next_header, plan)?;
+            describe(frame.data(), p.family, natt, inner)?;
         }
     }
+    Ok(Decapped::Packet)
 }
 
 struct Trailer {
@@ -141,8 +146,13 @@ fn trailer(data: &[u8], body: usize, icv: usize) -> Result<Trailer, DropReason> 
 }
 
 #[inline(always)]
-fn inner(packet: &[u8], family: Family, natt: NattPorts) -> Result<Parsed, DropReason> {
-    parse_ip_at(packet, family, natt).map_err(|_| DropReason::InnerMalformed)
+fn describe(
+    packet: &[u8],
+    family: Family,
+    natt: NattPorts,
+    inner: &mut Parsed,
+) -> Result<(), DropReason> {
+    parse_ip_into(packet, family, natt, inner).map_err(|_| DropReason::InnerMalformed)
 }
 
 #[inline(never)]
@@ -169,8 +179,7 @@ fn transport(
     body: usize,
     next_header: u8,
     plan: &InPlan,
-    natt: NattPorts,
-) -> Result<Parsed, DropReason> {
+) -> Result<(), DropReason> {
     // Hop-by-hop, routing and fragment headers belong in front of ESP; 255 is reserved.
     if matches!(
         next_header,
@@ -210,7 +219,7 @@ fn transport(
     if plan.fix_checksums {
         fix_checksum(p, next_header, payload);
     }
-    inner(frame.data(), p.family, natt)
+    Ok(())
 }
 
 /// RFC 3948 section 3.1.2: behind NAT the pseudo-header is not the one the sender summed. The payload is

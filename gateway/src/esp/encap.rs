@@ -135,12 +135,10 @@ pub fn dummy(
     tunnel(frame, inner, plan, seq, state, len16(frame.len()))
 }
 
-/// What is left to do once the packet is sealed: the UDP checksum over IPv6.
-#[inline]
-pub fn finish(frame: &mut Frame, plan: &OutPlan, esp_off: u16) {
-    if plan.needs_udp_checksum() {
-        udp_checksum(frame.data_mut(), usize::from(esp_off));
-    }
+/// What is left to do once the packet is sealed where the plan
+/// [`needs_udp_checksum`](OutPlan::needs_udp_checksum).
+pub fn finish(frame: &mut Frame, esp_off: u16) {
+    udp_checksum(frame.data_mut(), usize::from(esp_off));
 }
 
 /// The largest inner packet like this one whose outer packet fits `outer_mtu`, exact also in transport mode.
@@ -182,19 +180,21 @@ fn tunnel(
     state: &mut EncapState,
     payload: u16,
 ) -> Result<EncapOk, DropReason> {
-    append_trailer(frame, frame.len(), inner.next_header, plan)?;
-    let head = frame
-        .prepend(usize::from(plan.head_len))
-        .ok_or(DropReason::NoRoom)?;
-    let esp_len = ESP_HEADER + plan.iv.len();
-    let (outer, esp) = head
-        .split_at_mut_checked(usize::from(plan.head_len) - esp_len)
-        .ok_or(DropReason::NoRoom)?;
+    let pad = plan.pad_len(frame.len());
+    let behind = pad + ESP_TRAILER + usize::from(plan.icv_len);
+    let front = usize::from(plan.head_len);
+    if !frame.expand(u16::from(plan.head_len), len16(behind)) {
+        return Err(DropReason::NoRoom);
+    }
+    let packet = frame.data_mut();
+    let total = packet.len();
+    let tail = packet.get_mut(total - behind..).ok_or(DropReason::NoRoom)?;
+    write_trailer(tail, pad, inner.next_header);
+    let esp_off = front - ESP_HEADER - plan.iv.len();
+    let esp = packet.get_mut(esp_off..front).ok_or(DropReason::NoRoom)?;
     write_esp(esp, plan, seq, state).ok_or(DropReason::NoRoom)?;
-    let esp_off = outer.len();
-    let total = frame.len();
     let tos = inner.tos & plan.tos_mask | plan.tos_set;
-    write_outer(frame.data_mut(), plan, total, tos, inner.df, state).ok_or(DropReason::NoRoom)?;
+    write_outer(packet, plan, total, tos, inner.df, state).ok_or(DropReason::NoRoom)?;
     Ok(EncapOk {
         esp_off: len16(esp_off),
         seq_hi: high(seq),
@@ -219,6 +219,12 @@ fn append_trailer(
     let tail = frame
         .append(pad + ESP_TRAILER + usize::from(plan.icv_len))
         .ok_or(DropReason::NoRoom)?;
+    write_trailer(tail, pad, next_header);
+    Ok(())
+}
+
+#[inline(always)]
+fn write_trailer(tail: &mut [u8], pad: usize, next_header: u8) {
     let mut at = 0;
     if let Some(four) = tail.first_chunk_mut::<4>() {
         // Up to three bytes are all that most suites need: no loop. The rest is overwritten below.
@@ -235,7 +241,6 @@ fn append_trailer(
         *len = pad.to_le_bytes()[0];
         *nh = next_header;
     }
-    Ok(())
 }
 
 /// SPI, sequence number, IV.

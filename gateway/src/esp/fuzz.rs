@@ -10,7 +10,7 @@ use super::encap::{EncapArgs, EncapState, Hop, encap};
 use super::iv::CbcIvGen;
 use crate::crypto::differential::keys;
 use crate::wire::fuzz::with_checksum;
-use crate::wire::{Family, NattPorts, parse_ip};
+use crate::wire::{Family, NattPorts, Parsed, parse_ip};
 
 /// An SA with every option at its default. `family` is that of the outer header.
 pub fn spec(suite: Suite, mode: Mode, family: Family, udp: bool) -> SaSpec {
@@ -85,10 +85,12 @@ pub fn fuzz_decap(data: &[u8], pool: &mut Pool) {
     let Some(mut frame) = pool.get() else {
         return;
     };
+    let natt = NattPorts::default();
+    let mut inner = Parsed::NOTHING;
     if frame.set_data(packet)
         && let Ok(pre) = decap::pre(&p, &inb)
-        && let Ok(Decapped::Packet(inner)) =
-            decap::post(&mut frame, &p, pre, &inb, NattPorts::default())
+        && let Ok(Decapped::Packet) =
+            decap::post(&mut frame, p.tos, pre.esp_off, &inb, natt, &mut inner)
     {
         assert_eq!(frame.len(), usize::from(inner.l3_len));
     }
@@ -103,9 +105,10 @@ pub fn fuzz_decap(data: &[u8], pool: &mut Pool) {
         if let Ok(outer) = outer {
             assert_eq!(usize::from(outer.l3_len), frame.len());
             if let Ok(pre) = decap::pre(&outer, &inb) {
-                let got = decap::post(&mut frame, &outer, pre, &inb, NattPorts::default());
+                let (tos, off) = (outer.tos, pre.esp_off);
+                let got = decap::post(&mut frame, tos, off, &inb, natt, &mut inner);
                 if mode == Mode::Tunnel {
-                    assert_eq!(got, Ok(Decapped::Packet(p)));
+                    assert_eq!((got, inner), (Ok(Decapped::Packet), p));
                     assert_eq!(frame.data(), packet);
                 }
             }

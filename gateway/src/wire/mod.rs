@@ -19,6 +19,7 @@ pub mod udp;
 
 pub use parse::{
     Family, Frag, Kind, NattPorts, Parsed, decrement_ttl, parse, parse_into, parse_ip, parse_ip_at,
+    parse_ip_into,
 };
 
 use sa_store::drops::DropReason;

@@ -271,6 +271,24 @@ pub fn parse_ip_at(packet: &[u8], family: Family, natt: NattPorts) -> Result<Par
     }
 }
 
+/// [`parse_ip_at`] straight into the place where the description will stay, see [`parse_into`].
+///
+/// # Errors
+/// As [`parse`]; `out` is then unchanged.
+#[inline(always)]
+pub fn parse_ip_into(
+    packet: &[u8],
+    family: Family,
+    natt: NattPorts,
+    out: &mut Parsed,
+) -> Result<(), DropReason> {
+    match family {
+        Family::V4 => *out = parse_v4(packet, 0, 0, 0, natt)?,
+        Family::V6 => *out = parse_v6(packet, 0, 0, 0, natt)?,
+    }
+    Ok(())
+}
+
 /// Takes one from TTL or hop limit of a packet that starts with its IP header, with incremental checksum.
 ///
 /// # Errors

@@ -18,10 +18,10 @@ use sa_store::ledger::WorkerCounters;
 use sa_store::sa::Vrf;
 use sa_store::snapshot::Snapshot;
 
-use super::egress::Ports;
+use super::egress::{Ports, Usual};
 use super::handover::{Handed, Handover, Task};
 use super::inbound::Inbound;
-use super::lane::Info;
+use super::lane::{Info, cut};
 use super::outbound::Outbound;
 use super::setup::{PipelineConfig, PolicyHits, Side};
 use super::stages::{Stage, StageClock};
@@ -80,8 +80,9 @@ pub(super) struct Core {
     pub(super) shared: Shared,
     pub(super) inbound: Inbound,
     pub(super) outbound: Outbound,
-    rx: Vec<Frame>,
-    parsed: Vec<Result<Parsed, DropReason>>,
+    /// A burst whose packets belong to several lanes, see [`Core::distribute`].
+    mixed: Vec<Frame>,
+    mixed_infos: Vec<Info>,
     receiving: bool,
     settling: Settling,
 }
@@ -112,8 +113,8 @@ impl Core {
             shared,
             inbound,
             outbound,
-            rx: Vec::with_capacity(BURST),
-            parsed: Vec::with_capacity(BURST),
+            mixed: Vec::with_capacity(4 * BURST),
+            mixed_infos: Vec::with_capacity(4 * BURST),
             receiving: true,
             settling: Settling::default(),
         }
@@ -204,20 +205,28 @@ impl Core {
         shared.counters.waiting.set(0);
     }
 
+    /// Receives from every port into the lane that its packets usually belong to.
     fn receive(&mut self) -> usize {
         let mut got = 0;
         for port in 0..self.shared.ports.len() {
-            let n = self
-                .shared
-                .ports
-                .receive(port, &mut self.shared.pool, &mut self.rx);
+            #[allow(clippy::cast_possible_truncation, reason = "ports are numbered by u16")]
+            let number = port as u16;
+            let usual = self.shared.ports.usual(number);
+            let lane = match usual.side {
+                Side::Inside => &mut self.outbound.clear,
+                Side::Outside => &mut self.inbound.esp,
+            };
+            let before = lane.len();
+            let shared = &mut self.shared;
+            let n = shared.ports.receive(port, &mut shared.pool, lane.receive());
             if n == 0 {
                 continue;
             }
             got += n;
-            self.shared.stages.mark(Stage::Receive);
-            #[allow(clippy::cast_possible_truncation, reason = "ports are numbered by u16")]
-            self.sort(port as u16);
+self.shared.stages.mark(Stage::Receive);
+            if !lane.describe(number, self.shared.natt, |p| usual.fits(p)) {
+                self.distribute(number, usual, before);
+            }
             self.shared.stages.mark(Stage::Parse);
         }
         if got != 0 {
@@ -226,51 +235,49 @@ impl Core {
         got
     }
 
-    /// Parses what a port received and puts each packet into its lane.
-    fn sort(&mut self, port: u16) {
+    /// Puts each packet of a burst that is not all of the usual kind into its lane. The burst stands behind the first
+    /// `before` packets of the usual lane.
+    #[inline(never)]
+    fn distribute(&mut self, port: u16, usual: Usual, before: usize) {
         let Self {
             shared,
             inbound,
             outbound,
-            rx,
-            parsed,
+            mixed,
+            mixed_infos,
             ..
         } = self;
-        for frame in rx.iter() {
-            frame.prefetch();
+        match usual.side {
+            Side::Inside => outbound.clear.recall(before, mixed, mixed_infos),
+            Side::Outside => inbound.esp.recall(before, mixed, mixed_infos),
         }
-        // Two passes: handles are cut to the IP packet where they lie and moved later, for a handle is read whole
-        // and its parts are written apart.
-        parsed.clear();
-        for frame in rx.iter_mut() {
-            parsed.push(wire::parse(frame.data(), shared.natt));
-            if let Some(Ok(p)) = parsed.last() {
-                cut(frame, p);
+        for (mut frame, info) in mixed.drain(..).zip(mixed_infos.drain(..)) {
+            if usual.fits(&info.p) {
+                match usual.side {
+                    Side::Inside => outbound.clear.push(frame, info),
+                    Side::Outside => inbound.esp.push(frame, info),
+                }
+                continue;
             }
-        }
-        for (frame, parsed) in rx.drain(..).zip(parsed.iter()) {
-            let p = match parsed {
-                Ok(p) if p.kind != Kind::NotIp => p,
-                Ok(_) => {
-                    shared.drop(frame, DropReason::NotForUs);
-                    continue;
-                }
-                Err(reason) => {
-                    shared.drop(frame, *reason);
-                    continue;
-                }
-            };
+            if info.p.kind == Kind::NotIp {
+                let reason = wire::parse(frame.data(), shared.natt)
+                    .err()
+                    .unwrap_or(DropReason::NotForUs);
+                shared.drop(frame, reason);
+                continue;
+            }
+            let p = info.p;
             let Some(port) = shared.ports.of_tag(port, p.vlan) else {
                 shared.drop(frame, DropReason::NotForUs);
                 continue;
             };
-            let side = shared.ports.side_of(port);
-            let lane = match (p.kind, side) {
+            cut(&mut frame, &p);
+            let lane = match (p.kind, shared.ports.side_of(port)) {
                 (Kind::Esp | Kind::UdpEsp, _) => &mut inbound.esp,
                 (Kind::Ip, Side::Inside) if p.frag == Frag::No => &mut outbound.clear,
                 _ => &mut inbound.other,
             };
-            lane.push(frame, Info { p: *p, port });
+            lane.push(frame, Info { p, port });
         }
     }
 
@@ -323,16 +330,6 @@ impl Core {
         if sent != 0 {
             counters.handed_out.add(sent as u64);
         }
-    }
-}
-
-/// Cuts a frame to its IP packet, which lies within it.
-#[inline(always)]
-fn cut(frame: &mut Frame, p: &Parsed) {
-    frame.trim_front(usize::from(p.l2_len));
-    let padding = frame.len().saturating_sub(usize::from(p.l3_len));
-    if padding != 0 {
-        frame.trim_back(padding);
     }
 }
 

@@ -11,6 +11,7 @@ use sa_store::sa::Vrf;
 
 use super::handover::{Handed, Handover, Task};
 use super::setup::{PipelineConfig, Side};
+use crate::wire::{Frag, Kind, Parsed};
 
 /// Frames that may wait for a full transmit queue, per port.
 const BACKLOG: usize = 4 * BURST;
@@ -28,8 +29,36 @@ struct PortState {
     tx: Vec<Frame>,
     side: Side,
     mtu: u16,
-    source: [u8; 6],
+    link: Link,
+    /// Its frames go to its own queues, untagged: the usual case, decided once.
+    plain: bool,
+}
+
+/// What the link headers of a port have in common.
+#[derive(Clone, Copy)]
+struct Link {
+    /// Source address in the low 48 bits, first byte lowest.
+    source: u64,
     vlan: Option<u16>,
+}
+
+/// What the packets of a port usually are, so that most bursts need no sorting.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Usual {
+    pub(super) side: Side,
+    tag: u16,
+}
+
+impl Usual {
+    /// Whole packets from inside; ESP from outside; with the port's own tag.
+    #[inline(always)]
+    pub(super) fn fits(self, p: &Parsed) -> bool {
+        p.vlan == self.tag
+            && match self.side {
+                Side::Inside => p.kind == Kind::Ip && p.frag == Frag::No,
+                Side::Outside => matches!(p.kind, Kind::Esp | Kind::UdpEsp),
+            }
+    }
 }
 
 /// Where a packet goes, with all that sending needs.
@@ -47,15 +76,18 @@ pub(super) enum Egress {
     None,
 }
 
-/// A port and the link address there, in one word: what is written in pieces cannot be read at once soon after.
+/// A port and the link address there, in one word: what is written in pieces cannot be read at once soon after. The
+/// address is in the low 48 bits, first byte lowest, as a little-endian store puts it on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct PortHop(u64);
 
+/// The bits of a [`PortHop`] that hold the link address.
+const MAC: u64 = (1 << 48) - 1;
+
 impl PortHop {
     #[inline(always)]
-    fn new(port: u16, [a, b, c, d, e, f]: [u8; 6]) -> Self {
-        let [p, q] = port.to_be_bytes();
-        Self(u64::from_be_bytes([p, q, a, b, c, d, e, f]))
+    fn new(port: u16, mac: [u8; 6]) -> Self {
+        Self(low48(mac) | u64::from(port) << 48)
     }
 
     /// As a job's tag.
@@ -71,16 +103,15 @@ impl PortHop {
     }
 
     #[inline(always)]
-    fn port(self) -> u16 {
-        let [p, q, ..] = self.0.to_be_bytes();
-        u16::from_be_bytes([p, q])
+    fn port(self) -> usize {
+        // 16 bits.
+        (self.0 >> 48) as usize
     }
+}
 
-    #[inline(always)]
-    fn mac(self) -> [u8; 6] {
-        let [_, _, a, b, c, d, e, f] = self.0.to_be_bytes();
-        [a, b, c, d, e, f]
-    }
+#[inline(always)]
+fn low48([a, b, c, d, e, f]: [u8; 6]) -> u64 {
+    u64::from_le_bytes([a, b, c, d, e, f, 0, 0])
 }
 
 /// A worker's ports by number.
@@ -108,10 +139,17 @@ impl Ports {
                 tx: Vec::with_capacity(2 * BACKLOG),
                 side: setup.side,
                 mtu: setup.mtu,
-                source: setup.mac.0,
-                vlan: setup.vlan,
+                link: Link {
+                    source: low48(setup.mac.0),
+                    vlan: setup.vlan,
+                },
+                plain: false,
             })
             .collect();
+        for (number, port) in (0_u16..).zip(&mut list) {
+            port.plain =
+                port.carrier == number && !port.queues.is_empty() && port.link.vlan.is_none();
+        }
         for (number, setup) in numbered {
             if let Some(carrier) = setup.shares.and_then(|c| list.get_mut(usize::from(c))) {
                 carrier.siblings.push((setup.vlan.unwrap_or(0), number));
@@ -127,7 +165,7 @@ impl Ports {
     #[inline]
     pub(super) fn of_tag(&self, port: u16, tag: u16) -> Option<u16> {
         let state = self.list.get(usize::from(port))?;
-        if state.vlan.unwrap_or(0) == tag {
+        if state.link.vlan.unwrap_or(0) == tag {
             return Some(port);
         }
         state
@@ -143,6 +181,21 @@ impl Ports {
         self.list
             .get(usize::from(port))
             .map_or(Side::Outside, |p| p.side)
+    }
+
+    /// What is to be expected from a port.
+    #[inline]
+    pub(super) fn usual(&self, port: u16) -> Usual {
+        self.list.get(usize::from(port)).map_or(
+            Usual {
+                side: Side::Outside,
+                tag: 0,
+            },
+            |p| Usual {
+                side: p.side,
+                tag: p.link.vlan.unwrap_or(0),
+            },
+        )
     }
 
     pub(super) fn len(&self) -> usize {
@@ -188,13 +241,13 @@ impl Ports {
     /// Side of the port that a hop leaves by.
     #[inline]
     pub(super) fn side(&self, hop: PortHop) -> Side {
-        self.side_of(hop.port())
+        self.list.get(hop.port()).map_or(Side::Outside, |p| p.side)
     }
 
     /// Largest IP packet that the port takes.
     #[inline]
     pub(super) fn mtu(&self, hop: PortHop) -> u16 {
-        self.list.get(usize::from(hop.port())).map_or(0, |p| p.mtu)
+        self.list.get(hop.port()).map_or(0, |p| p.mtu)
     }
 
     /// Puts the link header in front of an IP packet and queues the frame; hands it over when another worker
@@ -202,46 +255,65 @@ impl Ports {
     ///
     /// # Errors
     /// The frame and why it cannot be sent.
-    #[inline]
+    #[inline(always)]
     pub(super) fn send(
+        &mut self,
+        frame: Frame,
+        hop: PortHop,
+        handover: &mut Handover,
+    ) -> Result<(), (Frame, DropReason)> {
+        let Some(port) = self.list.get_mut(hop.port()) else {
+            return Err((frame, DropReason::NoRoute));
+        };
+        if !port.plain {
+            return self.send_through(frame, hop, handover);
+        }
+        // Moved before it is written to: the handle is read whole, and its parts were written apart.
+        let link = port.link;
+        port.tx.push(frame);
+        if port
+            .tx
+            .last_mut()
+            .is_some_and(|frame| write_link(frame, hop, link))
+        {
+            return Ok(());
+        }
+        port.tx
+            .pop()
+            .map_or(Ok(()), |f| Err((f, DropReason::NoRoom)))
+    }
+
+    /// [`send`](Self::send) where the port shares another's queues, has tags, or has no queue here.
+    #[inline(never)]
+    fn send_through(
         &mut self,
         mut frame: Frame,
         hop: PortHop,
         handover: &mut Handover,
     ) -> Result<(), (Frame, DropReason)> {
-        let Some(port) = self.list.get(usize::from(hop.port())) else {
+        let Some(port) = self.list.get(hop.port()) else {
             return Err((frame, DropReason::NoRoute));
         };
         let (carrier, via) = (port.carrier, port.via);
-        let (source, vlan) = (port.source, port.vlan);
-        match self.list.get_mut(usize::from(carrier)) {
-            Some(c) if !c.queues.is_empty() => {
-                // Moved before it is written to: the handle is read whole, and its parts were written apart.
-                c.tx.push(frame);
-                let written =
-                    c.tx.last_mut()
-                        .is_some_and(|frame| write_link(frame, hop, source, vlan));
-                match written {
-                    true => Ok(()),
-                    false => c.tx.pop().map_or(Ok(()), |f| Err((f, DropReason::NoRoom))),
-                }
-            }
-            _ => {
-                if !write_link(&mut frame, hop, source, vlan) {
-                    return Err((frame, DropReason::NoRoom));
-                }
-                let task = Task::Send(carrier);
-                handover.stage(
-                    via,
-                    Handed {
-                        frame,
-                        port: carrier,
-                        task,
-                    },
-                );
-                Ok(())
-            }
+        let written = match port.link.vlan {
+            None => write_link(&mut frame, hop, port.link),
+            Some(vlan) => write_tagged(&mut frame, hop, port.link, vlan),
+        };
+        if !written {
+            return Err((frame, DropReason::NoRoom));
         }
+        match self.list.get_mut(usize::from(carrier)) {
+            Some(c) if !c.queues.is_empty() => c.tx.push(frame),
+            _ => handover.stage(
+                via,
+                Handed {
+                    frame,
+                    port: carrier,
+                    task: Task::Send(carrier),
+                },
+            ),
+        }
+        Ok(())
     }
 
     /// Queues a complete Ethernet frame that another worker built.
@@ -358,24 +430,38 @@ fn resolve(fib: &Fib, hop: HopIdx) -> Egress {
     }
 }
 
-/// Puts the link header in front of an IP packet; false when there is no room.
+/// Ethertype of an IP packet as it stands on the wire, in the low 16 bits, first byte lowest.
 #[inline(always)]
-fn write_link(frame: &mut Frame, hop: PortHop, source: [u8; 6], vlan: Option<u16>) -> bool {
-    let v6 = frame.data().first().is_some_and(|b| b >> 4 == 6);
-    let ethertype: [u8; 2] = if v6 { [0x86, 0xdd] } else { [0x08, 0x00] };
-    let len = ETHERNET + if vlan.is_some() { VLAN_TAG } else { 0 };
-    let Some(header) = frame.prepend(len) else {
+fn ethertype(frame: &Frame) -> u64 {
+    match frame.data().first() {
+        Some(b) if b >> 4 == 6 => 0xdd86,
+        _ => 0x0008,
+    }
+}
+
+/// Puts an untagged link header in front of an IP packet; false when there is no room.
+#[inline(always)]
+fn write_link(frame: &mut Frame, hop: PortHop, link: Link) -> bool {
+    let ethertype = ethertype(frame);
+    let Some(header) = frame.prepend_array::<ETHERNET>() else {
         return false;
     };
-    header[..6].copy_from_slice(&hop.mac());
-    header[6..12].copy_from_slice(&source);
-    match vlan {
-        None => header[12..14].copy_from_slice(&ethertype),
-        Some(vlan) => {
-            header[12..14].copy_from_slice(&[0x81, 0x00]);
-            header[14..16].copy_from_slice(&vlan.to_be_bytes());
-            header[16..18].copy_from_slice(&ethertype);
-        }
-    }
+    // Two stores that overlap: destination and the start of the source, then source and ethertype.
+    header[..8].copy_from_slice(&(hop.0 & MAC | link.source << 48).to_le_bytes());
+    header[6..].copy_from_slice(&(link.source | ethertype << 48).to_le_bytes());
+    true
+}
+
+/// The same with an IEEE 802.1Q tag.
+fn write_tagged(frame: &mut Frame, hop: PortHop, link: Link, vlan: u16) -> bool {
+    let ethertype = ethertype(frame);
+    let Some(header) = frame.prepend_array::<{ ETHERNET + VLAN_TAG }>() else {
+        return false;
+    };
+    let [p, q, ..] = ethertype.to_le_bytes();
+    let [v, w] = vlan.to_be_bytes();
+    header[..8].copy_from_slice(&(hop.0 & MAC | link.source << 48).to_le_bytes());
+    header[6..14].copy_from_slice(&(link.source | 0x0081 << 48).to_le_bytes());
+    header[14..].copy_from_slice(&[v, w, p, q]);
     true
 }

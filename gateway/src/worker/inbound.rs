@@ -38,7 +38,6 @@ pub(super) struct Inbound {
     judged: Vec<Judged>,
     /// Of the packets that are [`Judged::Opened`], in order.
     opened: Vec<Info>,
-    waiting: JobTable,
     reassembly: Option<Reassembler>,
     ended: Vec<(Frame, Fate)>,
 }
@@ -55,7 +54,6 @@ impl Inbound {
             verdicts: Vec::with_capacity(4 * BURST),
             judged: Vec::with_capacity(4 * BURST),
             opened: Vec::with_capacity(4 * BURST),
-            waiting: JobTable::default(),
             reassembly: config.reassembly.map(Reassembler::new),
             ended: Vec::new(),
         }
@@ -115,29 +113,23 @@ impl Inbound {
     fn look_up(&mut self, shared: &mut Shared, snapshot: &Snapshot, out: &mut Outbound) {
         // Fetched a little ahead, so that misses overlap and the first-level cache holds what was fetched.
         let mut packets = self.esp.take();
-        let mut found = ArrayVec::<Option<&SaEntry>, LOOK_AHEAD>::new();
+        let mut found = ArrayVec::<(Option<&SaEntry>, u32), LOOK_AHEAD>::new();
         for info in packets.infos().iter().take(LOOK_AHEAD) {
-            found.push(snapshot.sad.hint(spi(&info.p)).map(|e| &**e));
+            let (spi, seq) = info.p.esp().unwrap_or_default();
+            found.push((snapshot.sad.hint(spi).map(|e| &**e), seq));
         }
-        for entry in found.iter().take(AHEAD).flatten() {
+        for entry in found.iter().take(AHEAD).filter_map(|(entry, _)| *entry) {
             entry.prefetch();
         }
-        let seqs: ArrayVec<u32, LOOK_AHEAD> = packets
-            .infos()
-            .iter()
-            .take(LOOK_AHEAD)
-            .map(|info| info.p.esp().map_or(0, |(_, seq)| seq))
-            .collect();
         for (i, (frame, info)) in packets.drain().enumerate() {
             let (vrf, dst) = (shared.vrf(info.port), dst_of(&info.p));
-            if let Some(Some(entry)) = found.get(i + AHEAD) {
+            if let Some((Some(entry), _)) = found.get(i + AHEAD) {
                 entry.prefetch();
             }
-            let window = i + AHEAD / 2;
-            if let (Some(Some(entry)), Some(seq)) = (found.get(window), seqs.get(window)) {
+            if let Some((Some(entry), seq)) = found.get(i + AHEAD / 2) {
                 entry.live.window.prefetch(*seq);
             }
-            let hint = found.get(i).copied().flatten();
+            let hint = found.get(i).and_then(|(entry, _)| *entry);
             let entry = hint
                 .filter(|e| e.fixed.dst == dst && e.fixed.vrf == vrf)
                 .or_else(|| snapshot.sad.find(spi(&info.p), dst, vrf).map(|e| &**e));
@@ -164,12 +156,17 @@ impl Inbound {
             match admit(entry, &info.p, shared.now) {
                 Ok((pre, seq)) => {
                     entry.fixed.cipher.prefetch();
-                    let tag = self.waiting.put(Outer {
-                        p: info.p,
-                        pre,
-                        port: info.port,
+                    self.jobs.push(EspJob {
+                        frame,
+                        sa: entry.fixed.id,
+                        seq,
+                        tag: Outer::new(info).0,
+                        note: 0,
+                        esp_off: pre.esp_off,
+                        esp_end: info.p.l3_len,
+                        kind: JobKind::Open,
+                        status: JobStatus::Pending,
                     });
-                    self.jobs.push(job(entry, frame, &info.p, pre, seq, tag));
                 }
                 Err(reason) => shared.drop(frame, reason),
             }
@@ -200,6 +197,7 @@ impl Inbound {
         shared.stages.mark(Stage::Policy);
         let mut verdicts = self.verdicts.iter();
         let mut opened = self.opened.iter();
+        let mut decrypted = 0;
         for (job, judged) in done.drain(..).zip(&self.judged) {
             let via = match judged {
                 Judged::Opened { via } => *via,
@@ -225,9 +223,10 @@ impl Inbound {
                 shared.drop(job.frame, DropReason::EngineError);
                 continue;
             };
-            shared.counters.decrypted.add(1);
-            out.forward.push(job.frame, *info);
+            decrypted += 1;
+            out.deliver(shared, snapshot, job.frame, info);
         }
+        shared.counters.decrypted.add(decrypted);
         self.done = done;
         shared.stages.mark(Stage::Accept);
     }
@@ -236,32 +235,41 @@ impl Inbound {
     /// allow, RFC 4301 section 5.2 step 4.
     #[inline]
     fn judge(&mut self, shared: &Shared, snapshot: &Snapshot, job: &mut EspJob) -> Judged {
-        let Some(outer) = self.waiting.take(job.tag) else {
-            return Judged::Dropped(DropReason::EngineError);
-        };
         let Some(entry) = snapshot.sa(job.sa) else {
             return Judged::Dropped(DropReason::SaDisabled);
         };
-        let port = outer.port;
-        let p = match open(entry, job, &outer, shared) {
-            Ok(Decapped::Packet(p)) => p,
-            Ok(Decapped::Consumed(kind)) => return Judged::Consumed(kind),
-            Err(reason) => return Judged::Dropped(reason),
+        let outer = Outer(job.tag);
+        self.opened.push(Info {
+            p: Parsed::NOTHING,
+            port: outer.port(),
+        });
+        let Some(info) = self.opened.last_mut() else {
+            return Judged::Dropped(DropReason::EngineError);
         };
-        let key = flow_key(&p, entry.fixed.vrf);
-        let mut via = None;
-        if let Some(selectors) = &entry.fixed.selectors {
-            if !selectors.matches(&key) {
-                entry.live.counters.selector.add(1);
-                return Judged::Dropped(DropReason::SelectorMismatch);
+        let judged = match open(entry, job, outer, shared, &mut info.p) {
+            Ok(Decapped::Packet) => {
+                let key = flow_key(&info.p, entry.fixed.vrf);
+                if let Some(selectors) = &entry.fixed.selectors {
+                    if selectors.matches(&key) {
+                        return Judged::Opened { via: None };
+                    }
+                    entry.live.counters.selector.add(1);
+                    Judged::Dropped(DropReason::SelectorMismatch)
+                } else if entry.fixed.route_based {
+                    // A route-based tunnel without selectors carries whatever is routed into it.
+                    return Judged::Opened { via: None };
+                } else {
+                    self.keys.push(key);
+                    return Judged::Opened {
+                        via: Some(entry.fixed.tunnel),
+                    };
+                }
             }
-        } else if !entry.fixed.route_based {
-            // A route-based tunnel without selectors carries whatever is routed into it.
-            self.keys.push(key);
-            via = Some(entry.fixed.tunnel);
-        }
-        self.opened.push(Info { p, port });
-        Judged::Opened { via }
+            Ok(Decapped::Consumed(kind)) => Judged::Consumed(kind),
+            Err(reason) => Judged::Dropped(reason),
+        };
+        self.opened.pop();
+        judged
     }
 
     /// What policies say of the noted keys.
@@ -413,43 +421,25 @@ fn refuse_selector(snapshot: &Snapshot, sa: SaId) {
     }
 }
 
-/// What *post* needs to know of a packet that is in an engine.
+/// What *post* needs to know of the outer packet, as a job's tag.
 #[derive(Clone, Copy, Debug)]
-struct Outer {
-    p: Parsed,
-    pre: DecapPre,
-    port: u16,
-}
+struct Outer(u64);
 
-/// Packets in engines, found again by the job's tag.
-#[derive(Debug, Default)]
-struct JobTable {
-    places: Vec<Option<Outer>>,
-    free: Vec<u64>,
-}
-
-impl JobTable {
-    #[inline]
-    fn put(&mut self, outer: Outer) -> u64 {
-        let tag = self.free.pop().unwrap_or(self.places.len() as u64);
-        match usize::try_from(tag)
-            .ok()
-            .and_then(|i| self.places.get_mut(i))
-        {
-            Some(place) => *place = Some(outer),
-            None => self.places.push(Some(outer)),
-        }
-        tag
+impl Outer {
+    #[inline(always)]
+    fn new(info: &Info) -> Self {
+        Self(u64::from(info.port) | u64::from(info.p.tos) << 16)
     }
 
-    /// `None` for a tag that is not out: an engine that answers twice, or with nonsense.
-    #[inline]
-    fn take(&mut self, tag: u64) -> Option<Outer> {
-        let outer = self.places.get_mut(usize::try_from(tag).ok()?)?.take();
-        if outer.is_some() {
-            self.free.push(tag);
-        }
-        outer
+    #[inline(always)]
+    #[allow(clippy::cast_possible_truncation, reason = "the low 16 bits")]
+    const fn port(self) -> u16 {
+        self.0 as u16
+    }
+
+    #[inline(always)]
+    const fn tos(self) -> u8 {
+        (self.0 >> 16 & 0xff) as u8
     }
 }
 
@@ -480,27 +470,14 @@ fn admit(entry: &SaEntry, p: &Parsed, now: u64) -> Result<(DecapPre, u64), DropR
     }
 }
 
-#[inline]
-fn job(entry: &SaEntry, frame: Frame, p: &Parsed, pre: DecapPre, seq: u64, tag: u64) -> EspJob {
-    EspJob {
-        frame,
-        sa: entry.fixed.id,
-        seq,
-        tag,
-        esp_off: pre.esp_off,
-        esp_end: p.l3_len,
-        kind: JobKind::Open,
-        status: JobStatus::Pending,
-    }
-}
-
 /// After the engine: the packet is authentic, fresh, well-formed and within the limits.
 #[inline]
 fn open(
     entry: &SaEntry,
     job: &mut EspJob,
-    outer: &Outer,
+    outer: Outer,
     shared: &Shared,
+    inner: &mut Parsed,
 ) -> Result<Decapped, DropReason> {
     let live = &entry.live;
     match job.status {
@@ -524,10 +501,17 @@ fn open(
     let Some(plan) = &entry.fixed.inb else {
         return Err(DropReason::SaNotFound);
     };
-    let opened =
-        decap::post(&mut job.frame, &outer.p, outer.pre, plan, shared.natt).inspect_err(|_| {
-            live.counters.malformed.add(1);
-        })?;
+    let opened = decap::post(
+        &mut job.frame,
+        outer.tos(),
+        job.esp_off,
+        plan,
+        shared.natt,
+        inner,
+    )
+    .inspect_err(|_| {
+        live.counters.malformed.add(1);
+    })?;
     entry.account_in(job.frame.len() as u64, shared.now)?;
     Ok(opened)
 }

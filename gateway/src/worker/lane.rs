@@ -2,7 +2,7 @@
 
 use pmd::Frame;
 
-use crate::wire::Parsed;
+use crate::wire::{self, NattPorts, Parsed};
 
 /// What is known of a packet beside its frame, whose data starts at the IP header.
 #[derive(Clone, Copy, Debug)]
@@ -35,11 +35,11 @@ impl<T> Lane<T> {
     }
 
     pub(super) fn len(&self) -> usize {
-        self.frames.len()
+        self.infos.len()
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.frames.is_empty()
+        self.infos.is_empty()
     }
 
     /// What is known of the packets.
@@ -68,5 +68,62 @@ impl<T> Lane<T> {
             frames: std::mem::take(&mut self.frames),
             infos: std::mem::take(&mut self.infos),
         }
+    }
+}
+
+impl Lane<Info> {
+    /// Where a port puts what it receives, to be followed by [`describe`](Self::describe).
+    #[inline(always)]
+    pub(super) fn receive(&mut self) -> &mut Vec<Frame> {
+        &mut self.frames
+    }
+
+    /// Parses the frames received since and cuts those that `fits` takes to their IP packet. True when it took all;
+    /// otherwise [`recall`](Self::recall) is next.
+    #[inline(always)]
+    pub(super) fn describe(
+        &mut self,
+        port: u16,
+        natt: NattPorts,
+        fits: impl Fn(&Parsed) -> bool,
+    ) -> bool {
+        let new = self.frames.get_mut(self.infos.len()..).unwrap_or_default();
+        for frame in new.iter() {
+            frame.prefetch();
+        }
+        let mut all = true;
+        self.infos.reserve(new.len());
+        for frame in new {
+            // Parsed where it stays: a copy of what was just written in pieces costs as much as making it.
+            self.infos.push(Info {
+                p: Parsed::NOTHING,
+                port,
+            });
+            let Some(info) = self.infos.last_mut() else {
+                continue;
+            };
+            if wire::parse_into(frame.data(), natt, &mut info.p).is_ok() && fits(&info.p) {
+                cut(frame, &info.p);
+            } else {
+                all = false;
+            }
+        }
+        all
+    }
+
+    /// Moves what stands behind the first `keep` packets to the end of `frames` and `infos`.
+    pub(super) fn recall(&mut self, keep: usize, frames: &mut Vec<Frame>, infos: &mut Vec<Info>) {
+        frames.extend(self.frames.drain(keep..));
+        infos.extend(self.infos.drain(keep..));
+    }
+}
+
+/// Cuts a frame to its IP packet, which lies within it.
+#[inline(always)]
+pub(super) fn cut(frame: &mut Frame, p: &Parsed) {
+    frame.trim_front(usize::from(p.l2_len));
+    let padding = frame.len().saturating_sub(usize::from(p.l3_len));
+    if padding != 0 {
+        frame.trim_back(padding);
     }
 }

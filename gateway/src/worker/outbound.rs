@@ -132,25 +132,11 @@ impl Outbound {
         work
     }
 
-    /// Sends on what is already allowed: decrypted packets and bypassed ones from outside. Towards another
-    /// unprotected port they are subject to the outbound policy like any other packet.
+    /// Sends on what is already allowed: decrypted packets and bypassed ones from outside.
     fn forward(&mut self, shared: &mut Shared, snapshot: &Snapshot) {
         let mut packets = self.forward.take();
         for (frame, info) in packets.drain() {
-            let vrf = shared.vrf(info.port);
-            match shared
-                .ports
-                .route(&snapshot.fib, vrf, dst_of(&info.p), hash_of(&info.p))
-            {
-                Egress::Port(hop) if shared.ports.side(hop) == Side::Outside => {
-                    self.clear.push(frame, *info);
-                }
-                Egress::Port(hop) => self.send_clear(shared, frame, info, hop),
-                Egress::Tunnel(tunnel) => self.protect.push(frame, (*info, tunnel)),
-                Egress::Local => shared.drop(frame, DropReason::NotForUs),
-                Egress::Unresolved => shared.drop(frame, DropReason::NoNeighbour),
-                Egress::None => shared.drop(frame, DropReason::NoRoute),
-            }
+            self.deliver(shared, snapshot, frame, info);
         }
         packets.clear();
         // Answers made meanwhile wait for the next round.
@@ -160,14 +146,50 @@ impl Outbound {
         }
     }
 
-    /// Looks the policies up for packets from inside.
+    /// Sends one packet where its route says. Towards another unprotected port it is subject to the outbound policy
+    /// like any other packet.
+    #[inline]
+    pub(super) fn deliver(
+        &mut self,
+        shared: &mut Shared,
+        snapshot: &Snapshot,
+        frame: Frame,
+        info: &Info,
+    ) {
+        let vrf = shared.vrf(info.port);
+        match shared
+            .ports
+            .route(&snapshot.fib, vrf, dst_of(&info.p), hash_of(&info.p))
+        {
+            Egress::Port(hop) if shared.ports.side(hop) == Side::Outside => {
+                self.clear.push(frame, *info);
+            }
+            Egress::Port(hop) => self.send_clear(shared, frame, info, hop),
+            Egress::Tunnel(tunnel) => self.protect.push(frame, (*info, tunnel)),
+            Egress::Local => shared.drop(frame, DropReason::NotForUs),
+            Egress::Unresolved => shared.drop(frame, DropReason::NoNeighbour),
+            Egress::None => shared.drop(frame, DropReason::NoRoute),
+        }
+    }
+
+    /// Looks the policies up for packets from inside, and does as they say.
     fn decide(&mut self, shared: &mut Shared, snapshot: &Snapshot) {
         let mut packets = self.clear.take();
         self.verdicts(shared, snapshot, packets.infos());
         let verdicts = std::mem::take(&mut self.verdicts);
-        for ((frame, info), verdict) in packets.drain().zip(&verdicts) {
+        let senders = Senders::find(
+            snapshot,
+            verdicts.iter().map(|v| match v.action {
+                Action::Protect { tunnel } => Some(tunnel),
+                _ => None,
+            }),
+        );
+        for (i, ((frame, info), verdict)) in packets.drain().zip(&verdicts).enumerate() {
             match verdict.action {
-                Action::Protect { tunnel } => self.protect.push(frame, (*info, tunnel)),
+                Action::Protect { tunnel } => {
+                    let entry = senders.at(i, snapshot, tunnel);
+                    self.protect_one(shared, snapshot, entry, frame, info, tunnel);
+                }
                 Action::Bypass => {
                     let vrf = shared.vrf(info.port);
                     shared.counters.bypassed.add(1);
@@ -229,57 +251,47 @@ impl Outbound {
         shared.counters.flow_hits.add(hits);
     }
 
-    /// Finds the sender of each tunnel and builds the outer packets.
+    /// Protects what another worker or a route has sent into a tunnel.
     fn encapsulate(&mut self, shared: &mut Shared, snapshot: &Snapshot) {
-        // Fetched a little ahead, so that misses overlap and the first-level cache holds what was fetched.
         let mut packets = self.protect.take();
-        let mut found = ArrayVec::<Option<&SaEntry>, LOOK_AHEAD>::new();
-        for (_, tunnel) in packets.infos().iter().take(LOOK_AHEAD) {
-            found.push(snapshot.outbound(*tunnel).map(|e| &**e));
-        }
-        for entry in found.iter().take(AHEAD).flatten() {
-            entry.prefetch();
-        }
+        let tunnels = packets.infos().iter().map(|(_, tunnel)| Some(*tunnel));
+        let senders = Senders::find(snapshot, tunnels);
         for (i, (frame, (info, tunnel))) in packets.drain().enumerate() {
-            if let Some(Some(entry)) = found.get(i + AHEAD) {
-                entry.prefetch();
-            }
-            let entry = match found.get(i) {
-                Some(entry) => *entry,
-                None => snapshot.outbound(*tunnel).map(|e| &**e),
-            };
-            let Some(entry) = entry else {
-                shared.drop(frame, DropReason::NoOutboundSa);
-                continue;
-            };
-            let owner = usize::from(entry.fixed.owner);
-            if owner != shared.id {
-                shared.handover.stage(
-                    owner,
-                    Handed {
-                        frame,
-                        port: info.port,
-                        task: Task::Protect(info.p, *tunnel),
-                    },
-                );
-                continue;
-            }
-            self.protect_one(shared, snapshot, entry, frame, info);
+            let entry = senders.at(i, snapshot, *tunnel);
+            self.protect_one(shared, snapshot, entry, frame, info, *tunnel);
         }
         packets.clear();
         self.protect = packets;
     }
 
-    #[inline]
+    /// Builds the outer packet on the tunnel's SA, or hands the packet to the worker that owns it.
+    #[inline(always)]
     fn protect_one(
         &mut self,
         shared: &mut Shared,
         snapshot: &Snapshot,
-        entry: &SaEntry,
-        mut frame: Frame,
+        entry: Option<&SaEntry>,
+        frame: Frame,
         info: &Info,
+        tunnel: TunnelIdx,
     ) {
         let p = &info.p;
+        let Some(entry) = entry else {
+            shared.drop(frame, DropReason::NoOutboundSa);
+            return;
+        };
+        let owner = usize::from(entry.fixed.owner);
+        if owner != shared.id {
+            shared.handover.stage(
+                owner,
+                Handed {
+                    frame,
+                    port: info.port,
+                    task: Task::Protect(info.p, tunnel),
+                },
+            );
+            return;
+        }
         let Some(plan) = &entry.fixed.out else {
             shared.drop(frame, DropReason::NoOutboundSa);
             return;
@@ -304,6 +316,7 @@ impl Outbound {
         let mtu = plan.outer_mtu(shared.ports.mtu(hop));
         let (front, behind) = plan.worst_growth();
         let mut inner_mtu = mtu;
+        let mut frame = frame;
         let tight = usize::from(p.l3_len) + front + behind > usize::from(mtu);
         if plan.tfc_to != 0 || plan.mss_clamp || tight {
             inner_mtu = encap::inner_mtu(plan, frame.data(), p, mtu);
@@ -341,6 +354,7 @@ impl Outbound {
             sa: entry.fixed.id,
             seq,
             tag: hop.to_tag(),
+            note: note(plan, mtu),
             esp_off: 0,
             esp_end: 0,
             kind: JobKind::Seal,
@@ -405,6 +419,7 @@ impl Outbound {
                 sa: id,
                 seq,
                 tag: hop.to_tag(),
+                note: note(plan, plan.outer_mtu(shared.ports.mtu(hop))),
                 esp_off: ok.esp_off,
                 kind: JobKind::Seal,
                 status: JobStatus::Pending,
@@ -416,6 +431,7 @@ impl Outbound {
     /// Sends what came back sealed.
     fn finish(&mut self, shared: &mut Shared, snapshot: &Snapshot) {
         let mut done = std::mem::take(&mut self.done);
+        let mut encrypted = 0;
         for job in done.drain(..) {
             match job.status {
                 JobStatus::Done => {}
@@ -431,16 +447,16 @@ impl Outbound {
                     continue;
                 }
             }
-            shared.counters.encrypted.add(1);
+            encrypted += 1;
             let mut frame = job.frame;
-            let hop = PortHop::from_tag(job.tag);
-            let mut mtu = shared.ports.mtu(hop);
-            if let Some(plan) = snapshot.sa(job.sa).and_then(|e| e.fixed.out.as_ref()) {
-                mtu = plan.outer_mtu(mtu);
-                encap::finish(&mut frame, plan, job.esp_off);
+            if job.note & UDP_CHECKSUM != 0 {
+                encap::finish(&mut frame, job.esp_off);
             }
-            self.send(shared, frame, hop, mtu);
+            #[allow(clippy::cast_possible_truncation, reason = "the low 16 bits")]
+            let mtu = job.note as u16;
+            self.send(shared, frame, PortHop::from_tag(job.tag), mtu);
         }
+        shared.counters.encrypted.add(encrypted);
         self.done = done;
     }
 
@@ -461,7 +477,7 @@ impl Outbound {
     }
 
     /// Gives an IP packet to its port, in fragments when it is larger than `mtu`.
-    #[inline]
+    #[inline(always)]
     fn send(&mut self, shared: &mut Shared, frame: Frame, hop: PortHop, mtu: u16) {
         if frame.len() > usize::from(mtu) {
             self.send_fragments(shared, frame, hop, mtu);
@@ -523,6 +539,44 @@ impl Outbound {
             Err(reason) => shared.drop(frame, reason),
         }
     }
+}
+
+/// The SAs on which a burst of packets will go, found before the first is used and fetched a little ahead, so that misses
+/// overlap and the first-level cache holds what was fetched.
+struct Senders<'a>(ArrayVec<Option<&'a SaEntry>, LOOK_AHEAD>);
+
+impl<'a> Senders<'a> {
+    #[inline(always)]
+    fn find(snapshot: &'a Snapshot, tunnels: impl Iterator<Item = Option<TunnelIdx>>) -> Self {
+        let mut found = ArrayVec::new();
+        for tunnel in tunnels.take(LOOK_AHEAD) {
+            found.push(tunnel.and_then(|t| snapshot.outbound(t)).map(|e| &**e));
+        }
+        for entry in found.iter().take(AHEAD).flatten() {
+            SaEntry::prefetch(entry);
+        }
+        Self(found)
+    }
+
+    /// The sender of packet `i`, whose tunnel is `tunnel`.
+    #[inline(always)]
+    fn at(&self, i: usize, snapshot: &'a Snapshot, tunnel: TunnelIdx) -> Option<&'a SaEntry> {
+        if let Some(Some(ahead)) = self.0.get(i + AHEAD) {
+            ahead.prefetch();
+        }
+        match self.0.get(i) {
+            Some(entry) => *entry,
+            None => snapshot.outbound(tunnel).map(|e| &**e),
+        }
+    }
+}
+
+/// Set in a job's note when the UDP checksum is to be made after sealing. The low 16 bits are the path's MTU.
+const UDP_CHECKSUM: u32 = 1 << 16;
+
+#[inline(always)]
+fn note(plan: &OutPlan, mtu: u16) -> u32 {
+    u32::from(mtu) | u32::from(plan.needs_udp_checksum()) << 16
 }
 
 /// Whether a packet that is too big may travel in fragments of its outer packet: the outer DF bit is clear (or
