@@ -92,9 +92,6 @@ impl OuterShape {
 #[derive(Clone, Debug)]
 #[repr(C, align(64))]
 pub struct OutPlan {
-    /// Outer IP header and UDP header as they are sent, with length, TOS, ID, DF and checksum zero. In
-    /// transport mode only the UDP header, behind the place of the IP header, is used.
-    pub header: [u8; MAX_OUTER],
     /// SPI, host order.
     pub spi: u32,
     /// One's-complement sum of the IPv4 template, for the checksum.
@@ -127,9 +124,15 @@ pub struct OutPlan {
     pub shape: OuterShape,
     /// Clamp the MSS of TCP SYN segments.
     pub mss_clamp: bool,
+    /// IPv4 tunnel without UDP, 8-byte counter IV, no alignment beyond RFC 4303's: what most SAs are.
+    pub plain: bool,
+    /// Outer IP header and UDP header as they are sent, with length, TOS, ID, DF and checksum zero. In
+    /// transport mode only the UDP header, behind the place of the IP header, is used.
+    pub header: [u8; MAX_OUTER],
 }
 
-const _: () = assert!(size_of::<OutPlan>() <= 128);
+// IPv4, also with UDP, is within the first line.
+const _: () = assert!(size_of::<OutPlan>() <= 128 && std::mem::offset_of!(OutPlan, header) <= 36);
 
 /// Per-packet data of an inbound SA.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -250,6 +253,10 @@ impl OutPlan {
             mode: spec.mode,
             shape,
             mss_clamp: spec.mss_clamp,
+            plain: spec.mode == Mode::Tunnel
+                && shape == OuterShape::V4
+                && iv == IvKind::Counter
+                && spec.suite.pad_align() == 4,
         }
     }
 

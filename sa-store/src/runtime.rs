@@ -69,8 +69,9 @@ pub mod event {
     }
 }
 
-/// What of the SA never changes and is read per packet.
-#[repr(align(64))]
+/// What of the SA never changes and is read per packet. Laid out by lines: the first is read in both directions, then
+/// one for inbound, then the outer header's plan, of which IPv4 touches the first line only.
+#[repr(C, align(64))]
 pub struct Fixed {
     /// Slot and generation.
     pub id: SaId,
@@ -82,31 +83,40 @@ pub struct Fixed {
     pub owner: u16,
     /// VRF of the outer packets.
     pub vrf: Vrf,
-    /// 64-bit sequence numbers.
-    pub esn: bool,
-    /// Direction.
-    pub direction: Direction,
-    /// UDP encapsulation.
-    pub encap: Option<UdpEncap>,
-    /// Outer destination, IPv4 as IPv4-mapped; what an inbound packet must be addressed to.
-    pub dst: u128,
-    /// Outbound: how to build the outer packet.
-    pub out: Option<OutPlan>,
-    /// Inbound: how to take it off.
-    pub inb: Option<InPlan>,
-    /// Expanded keys.
-    pub cipher: Box<dyn SaCipher>,
     /// The cipher's lane.
     pub lane: u16,
+    /// 64-bit sequence numbers.
+    pub esn: bool,
     /// Belongs to a route-based tunnel.
     pub route_based: bool,
+    /// Direction.
+    pub direction: Direction,
+    /// Outer destination, IPv4 as IPv4-mapped; what an inbound packet must be addressed to.
+    pub dst: u128,
+    /// Expanded keys.
+    pub cipher: Box<dyn SaCipher>,
     /// Inner traffic it may carry; `None`: whatever the policies say.
     pub selectors: Option<Box<SelectorSet>>,
+    /// Inbound: how to take the outer packet off.
+    pub inb: Option<InPlan>,
+    /// UDP encapsulation.
+    pub encap: Option<UdpEncap>,
+    /// Outbound: how to build the outer packet.
+    pub out: Option<OutPlan>,
 }
 
-// What a packet touches: four lines each, which is what is prefetched.
-const _: () = assert!(size_of::<Fixed>() <= 256);
-const _: () = assert!(size_of::<Live>() <= 256);
+const _: () = {
+    assert!(size_of::<Fixed>() == 256);
+    // One line for both directions, one for inbound.
+    assert!(std::mem::offset_of!(Fixed, cipher) + 16 == 64);
+    assert!(std::mem::offset_of!(Fixed, inb) + size_of::<Option<InPlan>>() <= 128);
+    assert!(std::mem::offset_of!(Fixed, out) == 128);
+    // One line for both directions, one for outbound, one for inbound.
+    assert!(size_of::<Live>() <= 256);
+    assert!(std::mem::offset_of!(Live, counters) + 16 == 64);
+    assert!(std::mem::offset_of!(Live, lease_end) + 8 == 128);
+    assert!(std::mem::offset_of!(Live, window) == 128 && size_of::<ReplayWindow>() <= 64);
+};
 
 /// Limits as absolute values, `u64::MAX` for none.
 #[derive(Debug)]
@@ -120,8 +130,17 @@ struct Thresholds {
     last_seq: u64,
 }
 
+/// Where the first of the limits lies: what is below all three needs no further look.
+#[derive(Debug)]
+struct Watch {
+    packets: u64,
+    bytes: u64,
+    at: u64,
+}
+
 /// Per-SA counters; written by the owner.
 #[derive(Debug, Default)]
+#[repr(C)]
 pub struct SaCounters {
     /// Packets carried: outbound numbered, inbound authenticated and fresh.
     pub packets: Counter,
@@ -141,26 +160,28 @@ pub struct SaCounters {
     pub engine: Counter,
 }
 
-/// Run-time state; the owner writes.
-#[repr(align(64))]
+/// Run-time state; the owner writes. Laid out by lines: the first, up to the first two counters, serves both
+/// directions.
+#[repr(C, align(64))]
 pub struct Live {
+    lease_low: AtomicU64,
     /// Outbound: the next number. Inbound: the highest authentic number that was refused for passing the edge.
     next_seq: AtomicU64,
-    lease_end: AtomicU64,
-    lease_low: AtomicU64,
+    watch: Watch,
     events: AtomicU32,
     disabled: AtomicBool,
-    /// Hop of the outer packets and the route table that gave it; see [`SaEntry::hop`].
-    hop: AtomicU64,
-    thresholds: Thresholds,
-    /// Nanoseconds (gateway clock) of the last packet carried.
-    pub last_used: Counter,
     /// Counters.
     pub counters: SaCounters,
+    /// Hop of the outer packets and the route table that gave it; see [`SaEntry::hop`].
+    hop: AtomicU64,
+    lease_end: AtomicU64,
     /// Inbound window.
     pub window: ReplayWindow,
     /// Jobs in engines.
     pub in_flight: AtomicU32,
+    /// Nanoseconds (gateway clock) of the last packet carried.
+    pub last_used: Counter,
+    thresholds: Thresholds,
 }
 
 /// What a worker may not do with an SA now, decided per packet.
@@ -218,6 +239,13 @@ pub struct Install {
     pub start: Start,
     /// Gateway clock, nanoseconds.
     pub now: u64,
+}
+
+impl Watch {
+    #[inline(always)]
+    fn reached(&self, packets: u64, bytes: u64, now: u64) -> bool {
+        packets >= self.packets || bytes >= self.bytes || now >= self.at
+    }
 }
 
 impl SaEntry {
@@ -288,6 +316,11 @@ impl SaEntry {
             events: AtomicU32::new(0),
             disabled: AtomicBool::new(false),
             hop: AtomicU64::new(u64::MAX),
+            watch: Watch {
+                packets: thresholds.soft_packets.min(thresholds.hard_packets),
+                bytes: thresholds.soft_bytes.min(thresholds.hard_bytes),
+                at: thresholds.soft_at.min(thresholds.hard_at),
+            },
             thresholds,
             last_used: Counter::default(),
             counters: SaCounters::default(),
@@ -308,9 +341,25 @@ impl SaEntry {
     #[inline]
     pub fn next_out(&self, bytes: u64, now: u64) -> Result<u64, Refused> {
         let live = &self.live;
-        let t = &live.thresholds;
         let seq = live.next_seq.load(Ordering::Relaxed);
         let total = live.counters.bytes.value().wrapping_add(bytes);
+        // Below the low mark numbers are on disk: the mark is never behind the lease's end.
+        if seq >= live.lease_low.load(Ordering::Acquire)
+            || live.watch.reached(seq, total, now)
+            || live.disabled.load(Ordering::Relaxed)
+        {
+            self.next_out_near_limit(seq, total, now)?;
+        }
+        live.next_seq.store(seq + 1, Ordering::Relaxed);
+        live.counters.packets.add(1);
+        live.counters.bytes.add(bytes);
+        Ok(seq)
+    }
+
+    #[inline(never)]
+    fn next_out_near_limit(&self, seq: u64, total: u64, now: u64) -> Result<(), Refused> {
+        let live = &self.live;
+        let t = &live.thresholds;
         if seq >= live.lease_end.load(Ordering::Acquire)
             || seq > t.hard_packets
             || total > t.hard_bytes
@@ -319,28 +368,32 @@ impl SaEntry {
         {
             return Err(self.refuse_out(seq, total, now));
         }
-        live.next_seq.store(seq + 1, Ordering::Relaxed);
-        live.counters.packets.add(1);
-        live.counters.bytes.add(bytes);
         if seq >= t.soft_packets
             || total >= t.soft_bytes
             || now >= t.soft_at
             || seq >= live.lease_low.load(Ordering::Relaxed)
         {
+            // The packet at hand is counted by the caller.
             self.soft(seq, total, now);
         }
-        Ok(seq)
+        Ok(())
     }
 
     /// Whether an inbound packet may be taken at all, before any crypto is spent on it. Owner only.
     #[inline]
     pub fn admit_in(&self, now: u64) -> Result<(), Refused> {
         let live = &self.live;
-        let t = &live.thresholds;
-        if now >= t.hard_at
-            || live.counters.packets.value() >= t.hard_packets
-            || live.counters.bytes.value() >= t.hard_bytes
-            || live.disabled.load(Ordering::Relaxed)
+        let (packets, bytes) = (live.counters.packets.value(), live.counters.bytes.value());
+        if live.watch.reached(packets, bytes, now) || live.disabled.load(Ordering::Relaxed) {
+            return self.admit_near_limit(packets, bytes, now);
+        }
+        Ok(())
+    }
+
+    #[inline(never)]
+    fn admit_near_limit(&self, packets: u64, bytes: u64, now: u64) -> Result<(), Refused> {
+        let t = &self.live.thresholds;
+        if now >= t.hard_at || packets >= t.hard_packets || bytes >= t.hard_bytes || self.disabled()
         {
             return Err(self.refuse_in(0, now));
         }
@@ -362,15 +415,18 @@ impl SaEntry {
     #[inline]
     pub fn account_in(&self, bytes: u64, now: u64) -> Result<(), Refused> {
         let live = &self.live;
-        let t = &live.thresholds;
         let packets = live.counters.packets.value() + 1;
         let total = live.counters.bytes.value().wrapping_add(bytes);
-        if packets > t.hard_packets || total > t.hard_bytes {
-            return Err(self.refuse_in(bytes, now));
+        let near = live.watch.reached(packets, total, now);
+        if near {
+            let t = &live.thresholds;
+            if packets > t.hard_packets || total > t.hard_bytes {
+                return Err(self.refuse_in(bytes, now));
+            }
         }
         live.counters.packets.add(1);
         live.counters.bytes.add(bytes);
-        if packets >= t.soft_packets || total >= t.soft_bytes || now >= t.soft_at {
+        if near {
             self.soft(0, total, now);
         }
         Ok(())
@@ -416,7 +472,7 @@ impl SaEntry {
     /// Moves the lease's end. Only the keeper of leases calls this, with an `end` that is durable; `low` is the number
     /// from which [`event::LEASE_LOW`] is raised. A lower end binds workers with their next burst.
     pub fn extend_lease(&self, end: u64, low: u64) {
-        self.live.lease_low.store(low, Ordering::Relaxed);
+        self.live.lease_low.store(low.min(end), Ordering::Release);
         self.live.lease_end.store(end, Ordering::Release);
         self.clear_events(event::LEASE_LOW);
     }
@@ -431,11 +487,20 @@ impl SaEntry {
         self.live.disabled.load(Ordering::Relaxed)
     }
 
-    /// Asks the CPU to fetch what look-ups, encapsulation, numbering and the window check touch.
+    /// Asks the CPU to fetch what numbering and encapsulation touch.
     #[inline(always)]
-    pub fn prefetch(&self) {
-        crate::prefetch::read_lines(&self.fixed, 4);
-        crate::prefetch::read_lines(&self.live, 4);
+    pub fn prefetch_out(&self) {
+        crate::prefetch::read(&self.fixed.id);
+        crate::prefetch::read_lines(&self.fixed.out, 1);
+        crate::prefetch::read_lines(&self.live, 2);
+    }
+
+    /// Asks the CPU to fetch what the look-up, the window check and decapsulation touch.
+    #[inline(always)]
+    pub fn prefetch_in(&self) {
+        crate::prefetch::read_lines(&self.fixed, 2);
+        crate::prefetch::read(&self.live.lease_low);
+        crate::prefetch::read(&self.live.window);
     }
 
     /// Where the outer packets go, as remembered from the route table of this generation.

@@ -348,7 +348,7 @@ fn mapped(family: Family, a: u128) -> u128 {
 }
 
 /// The packet's selectors in its VRF.
-#[inline]
+#[inline(always)]
 pub(super) fn flow_key(p: &Parsed, vrf: Vrf) -> FlowKey {
     let l4 = if p.frag == Frag::Later {
         L4::Fragment

@@ -119,12 +119,12 @@ impl Inbound {
             found.push((snapshot.sad.hint(spi).map(|e| &**e), seq));
         }
         for entry in found.iter().take(AHEAD).filter_map(|(entry, _)| *entry) {
-            entry.prefetch();
+            entry.prefetch_in();
         }
         for (i, (frame, info)) in packets.drain().enumerate() {
             let (vrf, dst) = (shared.vrf(info.port), dst_of(&info.p));
             if let Some((Some(entry), _)) = found.get(i + AHEAD) {
-                entry.prefetch();
+                entry.prefetch_in();
             }
             if let Some((Some(entry), seq)) = found.get(i + AHEAD / 2) {
                 entry.live.window.prefetch(*seq);

@@ -553,7 +553,7 @@ impl<'a> Senders<'a> {
             found.push(tunnel.and_then(|t| snapshot.outbound(t)).map(|e| &**e));
         }
         for entry in found.iter().take(AHEAD).flatten() {
-            SaEntry::prefetch(entry);
+            entry.prefetch_out();
         }
         Self(found)
     }
@@ -562,7 +562,7 @@ impl<'a> Senders<'a> {
     #[inline(always)]
     fn at(&self, i: usize, snapshot: &'a Snapshot, tunnel: TunnelIdx) -> Option<&'a SaEntry> {
         if let Some(Some(ahead)) = self.0.get(i + AHEAD) {
-            ahead.prefetch();
+            ahead.prefetch_out();
         }
         match self.0.get(i) {
             Some(entry) => *entry,
