@@ -223,7 +223,7 @@ impl Core {
                 continue;
             }
             got += n;
-self.shared.stages.mark(Stage::Receive);
+            self.shared.stages.mark(Stage::Receive);
             if !lane.describe(number, self.shared.natt, |p| usual.fits(p)) {
                 self.distribute(number, usual, before);
             }
