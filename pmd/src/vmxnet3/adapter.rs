@@ -388,7 +388,7 @@ impl Adapter {
         self.config.write32(MACL, u32::from_le_bytes([a, b, c, d]));
         self.config.write32(MACH, u32::from_le_bytes([e, f, 0, 0]));
         if self.revision >= 4 && self.count > 1 {
-            self.shared.write32(SHARED_COMMAND_INFO, RSS_FIELDS_ALL);
+            self.shared.write32(SHARED_COMMAND_INFO, RSS_FIELDS);
             let refused = self.command(inner, SET_RSS_FIELDS);
             if refused != 0 {
                 tracing::info!(port = %self.name, refused, "vmxnet3 does not hash ESP by SPI");

@@ -9,8 +9,8 @@
 //! # What spreads packets over queues
 //! Revision 1 (QEMU; hardware versions up to 13) hashes IPv4 and IPv6 addresses and TCP ports: **ESP is not hashed by SPI**, all
 //! packets between two gateways arrive at one queue. QEMU's model hashes nothing and receives on queue 0 only. Revision 4
-//! (vSphere 6.7 and later) hashes ESP over IPv4 by SPI and UDP by ports; it is asked for when offered, but no bed of this
-//! project runs it. Packets of other workers' SAs are handed over, as on every port.
+//! (vSphere 6.7 and later) hashes ESP over IPv4 by SPI; it is asked for when offered, but no bed of this project runs it.
+//! Packets of other workers' SAs are handed over, as on every port.
 //!
 //! # What to mind
 //! - Frames are received into one buffer each: the arena's frames must hold the MTU (at most 9000). Frames that a device splits

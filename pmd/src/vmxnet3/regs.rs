@@ -185,8 +185,9 @@ pub const RSS_TOEPLITZ: u16 = 1;
 pub const RSS_KEY_MAX: usize = 40;
 /// Entries of the largest table.
 pub const RSS_TABLE_MAX: usize = 128;
-/// [`SET_RSS_FIELDS`]: ports of TCP (which the device insists on) and UDP, SPI of ESP over IPv4.
-pub const RSS_FIELDS_ALL: u32 = 1 | 2 | 4 | 8 | 0x10;
+/// [`SET_RSS_FIELDS`]: ports of TCP, which the device insists on, and the SPI of ESP over IPv4. Not ports of UDP: fragments would
+/// go another way than their packet.
+pub const RSS_FIELDS: u32 = 1 | 2 | 0x10;
 
 // --- Queue descriptors, 256 bytes each. ---
 
