@@ -70,6 +70,8 @@ pub fn measure(clock: &Clock, rates: &Rates, effort: &Effort) -> Result<Vec<Port
     // Two AF_XDP ports hold 8192 frames in their rings.
     let arena = &Arena::new(ArenaConfig {
         frames: 16_384,
+        // Intel's controllers want buffers of 2048 bytes behind the head-room.
+        stride: 4096,
         name: "ports".into(),
         ..ArenaConfig::default()
     })?;

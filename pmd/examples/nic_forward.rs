@@ -43,6 +43,8 @@ fn main() -> Outcome {
     pin()?;
     let arena = Arena::new(ArenaConfig {
         frames: 16_384,
+        // Intel's controllers want buffers of 2048 bytes behind the head-room.
+        stride: 4096,
         ..ArenaConfig::default()
     })?;
     let open = |address: &str| -> Outcome<End> {

@@ -68,7 +68,7 @@ fn run() -> Outcome {
     let frames = value("--frames", 2000)?;
     let arena = Arena::new(ArenaConfig {
         frames: 8192,
-        stride: if mtu > 1500 { 10_240 } else { 2048 },
+        stride: if mtu > 1500 { 10_240 } else { 4096 },
         ..ArenaConfig::default()
     })?;
     let open = |address: &str| -> Outcome<End> {

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use nix::sched::{CloneFlags, unshare};
 use pmd::af_xdp::{AfXdpConfig, AfXdpPort, Steering};
+use pmd::intel::{self, model::Family};
 use pmd::memory::{PairConfig, pair};
+use pmd::nic::{self, NicOptions};
 use pmd::pcap::{PcapConfig, PcapPort, Repeat};
 use pmd::port::MacAddr;
 use pmd::tap::{TapConfig, TapPort};
@@ -19,8 +21,18 @@ use super::{Subject, Wire};
 type Make = fn(&Arc<Arena>, usize) -> Result<Subject>;
 
 /// Ports that need nothing of the system.
-pub(super) const IN_PROCESS: &[(&str, Make)] =
-    &[("memory", memory), ("vmxnet3", vmxnet3), ("pcap", pcap)];
+pub(super) const IN_PROCESS: &[(&str, Make)] = &[
+    ("memory", memory),
+    ("vmxnet3", vmxnet3),
+    ("e1000e", |arena, size| {
+        intel("e1000e", Family::E1000e, arena, size)
+    }),
+    ("igb", |arena, size| intel("igb", Family::Igb, arena, size)),
+    ("ixgbe", |arena, size| {
+        intel("ixgbe", Family::Ixgbe, arena, size)
+    }),
+    ("pcap", pcap),
+];
 
 /// Ports of interfaces that the calling thread's network namespace gets.
 pub(super) const IN_NAMESPACE: &[(&str, Make)] = &[("af_xdp", af_xdp), ("tap", tap)];
@@ -51,6 +63,24 @@ fn vmxnet3(arena: &Arc<Arena>, size: usize) -> Result<Subject> {
         other_side: "model",
         queue: first(Box::new(port), arena)?,
         wire: Box::new(Vmxnet3Wire {
+            model,
+            frame: packet(size),
+        }),
+    })
+}
+
+fn intel(name: &'static str, family: Family, arena: &Arc<Arena>, size: usize) -> Result<Subject> {
+    let model = intel::model::Model::new(family);
+    let options = NicOptions {
+        experimental: true,
+        ..NicOptions::default()
+    };
+    let port = nic::open(Arc::new(model.device(8)?), &options)?;
+    Ok(Subject {
+        port: name,
+        other_side: "model",
+        queue: first(port, arena)?,
+        wire: Box::new(IntelWire {
             model,
             frame: packet(size),
         }),
@@ -192,6 +222,24 @@ impl Wire for Vmxnet3Wire {
 
     fn take(&mut self) -> usize {
         self.model.transmitted(0, usize::MAX, |_| ())
+    }
+}
+
+struct IntelWire {
+    model: Arc<intel::model::Model>,
+    frame: Vec<u8>,
+}
+
+impl Wire for IntelWire {
+    fn give(&mut self, n: usize) -> Result<()> {
+        for _ in 0..n {
+            self.model.receive(0, &self.frame, 2048);
+        }
+        Ok(())
+    }
+
+    fn take(&mut self) -> usize {
+        self.model.transmit(0, usize::MAX).len()
     }
 }
 
