@@ -7,6 +7,7 @@ pub mod cli;
 pub mod config;
 pub mod crypto;
 pub mod demo;
+pub mod devices;
 pub mod engine;
 pub mod esp;
 pub mod wire;

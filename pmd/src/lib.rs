@@ -19,6 +19,7 @@ pub mod nic;
 pub mod pcap;
 pub mod pool;
 pub mod port;
+pub mod quiesce;
 pub mod tap;
 pub mod virtio;
 pub mod vmxnet3;

@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use pmd::af_xdp::{AfXdpConfig, AfXdpPort, SteerError, SteerMap, Steering, XdpMode};
 use pmd::capture::Capture;
+use pmd::device::vfio::{Protection, VfioDevice};
 use pmd::fault::{FaultQueue, Faults};
 use pmd::memory::{self, MemoryPort, PairConfig};
+use pmd::nic::{self, NicOptions};
 use pmd::pcap::{self, PcapConfig, PcapPort};
 use pmd::port::{MacAddr, Port, PortError, PortInfo};
 use pmd::tap::{TapConfig, TapPort};
@@ -18,7 +20,7 @@ use sa_store::sa::Vrf;
 use sa_store::store::Store;
 
 use super::assembly::{Assembled, AssemblyConfig, AssemblyError, OpenPort, assemble};
-use crate::config::{self, AfXdpMode, GatewayConfig, Idle, NextHop, PortConfig, PortKind};
+use crate::config::{self, AfXdpMode, GatewayConfig, Idle, NextHop, Nic, PortConfig, PortKind};
 use crate::esp::reassembly::ReassemblyConfig;
 use crate::worker::{IdlePolicy, Locals, PortSetup, Side};
 
@@ -241,6 +243,7 @@ fn assembly(config: &GatewayConfig, clock: Clock) -> AssemblyConfig {
 fn sharing(earlier: &[PortConfig], port: &PortConfig) -> Option<u16> {
     let interface = |p: &PortConfig| match &p.kind {
         PortKind::AfXdp { interface, .. } | PortKind::Tap { interface } => Some(interface.clone()),
+        PortKind::Vfio(n) => Some(n.device.clone()),
         _ => None,
     };
     let wanted = interface(port)?;
@@ -352,7 +355,32 @@ fn open_port(
             };
             Ok((Box::new(own), None))
         }
+        PortKind::Vfio(n) => Ok((open_nic(&port.name, n, mtu)?, None)),
     }
+}
+
+fn open_nic(name: &str, n: &Nic, mtu: Option<u32>) -> Result<Box<dyn Port>, PortError> {
+    let protection = if n.no_iommu {
+        Protection::NoIommu
+    } else {
+        Protection::Iommu
+    };
+    let device = VfioDevice::pci(&n.device, protection).map_err(|source| PortError::Device {
+        port: n.device.clone(),
+        source,
+    })?;
+    nic::open(
+        Arc::new(device),
+        &NicOptions {
+            name: name.into(),
+            mtu: mtu.unwrap_or(1500),
+            promiscuous: n.promiscuous,
+            rx_ring: n.rx_ring,
+            tx_ring: n.tx_ring,
+            experimental: n.experimental,
+            ..NicOptions::default()
+        },
+    )
 }
 
 pub(crate) fn routes(config: &GatewayConfig, store: &mut Store) -> Result<Fib, FibError> {

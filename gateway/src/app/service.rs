@@ -107,6 +107,9 @@ impl Service {
     pub fn wait(&self) -> Ended {
         loop {
             self.alive.store(self.crew.alive(), Ordering::Relaxed);
+            for device in pmd::quiesce::wanted_back() {
+                tracing::error!(%device, "the system wants the device back and waits: stop the gateway to release it");
+            }
             if let Some(why) = self.running.wait(Duration::from_millis(200)) {
                 return why;
             }

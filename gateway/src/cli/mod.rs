@@ -14,6 +14,7 @@
 
 mod check;
 mod client;
+mod devices;
 mod explain;
 mod import;
 mod run;
@@ -76,6 +77,12 @@ enum Command {
     },
     /// Tell what would happen to a packet, and why.
     Explain(explain::ExplainArgs),
+    /// Network devices of this machine, and whether a port of kind vfio can own them.
+    Devices(devices::DevicesArgs),
+    /// Take a network device from the kernel, for a port of kind vfio.
+    Bind(devices::BindArgs),
+    /// Give a network device back to the kernel.
+    Unbind(devices::UnbindArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -232,6 +239,9 @@ fn dispatch(command: Command) -> Result<(), Failure> {
             command: CaptureCommand::Stop { port, client },
         } => show::capture_stop(&client, port),
         Command::Explain(args) => explain::run(&args),
+        Command::Devices(args) => devices::devices(&args),
+        Command::Bind(args) => devices::bind(&args),
+        Command::Unbind(args) => devices::unbind(&args),
     }
 }
 

@@ -19,7 +19,7 @@ pub(super) struct RunArgs {
     /// End when all capture files are read and nothing is inside: for offline use with pcap ports.
     #[arg(long)]
     exit_when_idle: bool,
-    /// Repeat a run exactly, IVs included: a throw-away lease store is used. Refused with af_xdp and tap ports.
+    /// Repeat a run exactly, IVs included: a throw-away lease store is used. Refused with af_xdp, vfio and tap ports.
     #[arg(long, value_name = "N")]
     test_seed: Option<u64>,
     /// Print the final counters as JSON.
@@ -38,6 +38,8 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
         )));
     }
     super::log_to_stderr(&config.log.level, config.log.format == LogFormat::Json);
+    // Release builds abort: no destructor would stop the devices.
+    pmd::quiesce::install_panic_hook();
     if args.exit_when_idle {
         offline(&config, args.json)
     } else {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::decode::Decoded;
 use super::file::{AfXdpTable, PortTable, RouteTable};
-use super::port::{Fault, PortConfig, PortKind, PortKindName, Repeat, Steer};
+use super::port::{Fault, Nic, PortConfig, PortKind, PortKindName, Repeat, Steer};
 use super::problem::Problems;
 use super::{GatewayConfig, NeighbourConfig, NextHop, RouteConfig};
 
@@ -216,6 +216,7 @@ impl Checker<'_, '_> {
                 t.vhost_user.is_some(),
                 PortKindName::VhostUser,
             ),
+            ("vfio", t.vfio.is_some(), PortKindName::Vfio),
         ] {
             self.require(!given || t.kind == of, &["port", &at, key], || {
                 format!("\"{key}\" settings on a port of another kind")
@@ -281,7 +282,7 @@ impl Checker<'_, '_> {
     ) -> Option<PortKind> {
         let interface = t.interface.clone().unwrap_or_else(|| t.name.clone());
         let named = matches!(t.kind, PortKindName::AfXdp | PortKindName::Tap);
-        let live = named || t.kind == PortKindName::VhostUser;
+        let live = named || matches!(t.kind, PortKindName::VhostUser | PortKindName::Vfio);
         self.require(
             named || t.interface.is_none(),
             &["port", at, "interface"],
@@ -355,6 +356,7 @@ impl Checker<'_, '_> {
             }
             PortKindName::Memory => self.memory_port(at, t, by_name),
             PortKindName::VhostUser => self.vhost_user_port(at, t),
+            PortKindName::Vfio => self.vfio_port(at, t),
         }
     }
 
@@ -434,6 +436,35 @@ impl Checker<'_, '_> {
         })
     }
 
+    fn vfio_port(&mut self, at: &str, t: &PortTable) -> Option<PortKind> {
+        let Some(v) = &t.vfio else {
+            self.wrong(
+                &["port", at],
+                "a vfio port needs [port.vfio] with \"device\"",
+            );
+            return None;
+        };
+        let address = pmd::device::pci::Address::parse(&v.device);
+        self.require(address.is_some(), &["port", at, "vfio", "device"], || {
+            format!("\"{}\" is no PCI address such as 0000:01:00.0", v.device)
+        });
+        for (key, ring) in [("rx_ring", v.rx_ring), ("tx_ring", v.tx_ring)] {
+            let fine = ring.is_none_or(|n| n.is_power_of_two() && (32..=32_768).contains(&n));
+            self.require(fine, &["port", at, "vfio", key], || {
+                format!("\"{key}\" must be a power of two in 32 to 32768")
+            });
+        }
+        Some(PortKind::Vfio(Nic {
+            device: address?.to_string(),
+            // The device knows its own address only.
+            promiscuous: v.promiscuous || t.mac.is_some(),
+            rx_ring: v.rx_ring,
+            tx_ring: v.tx_ring,
+            no_iommu: v.no_iommu,
+            experimental: v.experimental,
+        }))
+    }
+
     fn fault(&mut self, at: &str, f: &Fault) {
         for (key, rate) in [
             ("drop", f.drop),
@@ -453,10 +484,16 @@ impl Checker<'_, '_> {
     fn shared_interfaces(&mut self, tables: &[PortTable]) {
         let mut seen: HashMap<(&str, Option<u16>), &str> = HashMap::new();
         for (i, t) in tables.iter().enumerate() {
-            if !matches!(t.kind, PortKindName::AfXdp | PortKindName::Tap) {
-                continue;
-            }
-            let interface = t.interface.as_deref().unwrap_or(&t.name);
+            let interface = match t.kind {
+                PortKindName::AfXdp | PortKindName::Tap => {
+                    t.interface.as_deref().unwrap_or(&t.name)
+                }
+                PortKindName::Vfio => match &t.vfio {
+                    Some(v) => v.device.as_str(),
+                    None => continue,
+                },
+                PortKindName::Pcap | PortKindName::Memory | PortKindName::VhostUser => continue,
+            };
             if let Some(other) = seen.insert((interface, t.vlan), &t.name) {
                 let at = i.to_string();
                 let what = format!(

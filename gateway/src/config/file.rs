@@ -164,6 +164,8 @@ pub struct PortTable {
     /// Settings of a vhost-user port.
     #[serde(rename = "vhost-user")]
     pub vhost_user: Option<VhostUserTable>,
+    /// Settings of a vfio port.
+    pub vfio: Option<VfioTable>,
     /// Faults put into what the port receives, for tests.
     pub fault: Option<Fault>,
 }
@@ -240,6 +242,27 @@ fn socket_mode() -> String {
 
 const fn memory_ring() -> u32 {
     1024
+}
+
+/// Settings of a vfio port.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VfioTable {
+    /// PCI address, as `esplanade devices` shows it: "0000:01:00.0". The device is bound to vfio-pci before.
+    pub device: String,
+    /// Whether frames for other Ethernet addresses are received. Needed, and set, with a "mac" of one's own.
+    #[serde(default)]
+    pub promiscuous: bool,
+    /// Descriptors of each receive ring, a power of two. The driver's choice when not given.
+    pub rx_ring: Option<u32>,
+    /// Descriptors of each send ring, a power of two. The driver's choice when not given.
+    pub tx_ring: Option<u32>,
+    /// Whether the device may be used where no IOMMU confines it: it can then write to all of the machine's memory.
+    #[serde(default)]
+    pub no_iommu: bool,
+    /// Whether a driver that was not verified on real hardware may be used.
+    #[serde(default)]
+    pub experimental: bool,
 }
 
 /// A static route: exactly one of `port` or `via`, `tunnel`, `blackhole`.
@@ -422,6 +445,6 @@ pub struct Privileges {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Test {
-    /// Makes a run repeat exactly, IVs included: the lease store is thrown away, so this is refused together with af_xdp or tap ports.
+    /// Makes a run repeat exactly, IVs included: the lease store is thrown away, so this is refused together with af_xdp, vfio or tap ports.
     pub seed: Option<u64>,
 }

@@ -18,7 +18,7 @@ pub use file::{
     Privileges, Reassembly, RouteTable, Sas, Test, Workers,
 };
 pub use port::{
-    AfXdpMode, Fault, PortConfig, PortKind, PortKindName, Repeat, Side, SocketRole, Steer,
+    AfXdpMode, Fault, Nic, PortConfig, PortKind, PortKindName, Repeat, Side, SocketRole, Steer,
 };
 pub use problem::{Place, Problem, Problems};
 pub use value::{Mac, Prefix};

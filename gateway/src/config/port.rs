@@ -32,6 +32,8 @@ pub enum PortKindName {
     /// A vhost-user socket: QEMU guests, containers and user-space switches.
     #[serde(rename = "vhost-user")]
     VhostUser,
+    /// A NIC that the gateway owns, through VFIO.
+    Vfio,
 }
 
 /// Who opens a vhost-user socket.
@@ -69,6 +71,23 @@ pub struct Steer {
     pub destinations: Option<Vec<Prefix>>,
     /// Every IP packet.
     pub all: bool,
+}
+
+/// A NIC that the gateway owns.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Nic {
+    /// PCI address: `0000:01:00.0`.
+    pub device: String,
+    /// Whether frames for other addresses are received.
+    pub promiscuous: bool,
+    /// Descriptors of each receive ring; `None`: the driver's choice.
+    pub rx_ring: Option<u32>,
+    /// Descriptors of each send ring; `None`: the driver's choice.
+    pub tx_ring: Option<u32>,
+    /// Whether the device may be used without an IOMMU.
+    pub no_iommu: bool,
+    /// Whether drivers that nothing has verified may be used.
+    pub experimental: bool,
 }
 
 /// How often a capture is read.
@@ -140,6 +159,8 @@ pub enum PortKind {
         /// Access rights of a socket that the gateway makes.
         mode: u32,
     },
+    /// A NIC through VFIO.
+    Vfio(Nic),
 }
 
 impl PortKind {
@@ -151,15 +172,13 @@ impl PortKind {
             Self::Pcap { .. } => PortKindName::Pcap,
             Self::Memory { .. } => PortKindName::Memory,
             Self::VhostUser { .. } => PortKindName::VhostUser,
+            Self::Vfio(_) => PortKindName::Vfio,
         }
     }
 
     /// Whether packets come from or go to other machines.
     pub fn is_live(&self) -> bool {
-        matches!(
-            self,
-            Self::AfXdp { .. } | Self::Tap { .. } | Self::VhostUser { .. }
-        )
+        !matches!(self, Self::Pcap { .. } | Self::Memory { .. })
     }
 }
 

@@ -189,3 +189,37 @@ fn fuzz_entry_accepts_any_bytes() {
         fuzz_config(seed);
     }
 }
+
+#[test]
+fn a_vfio_port_names_its_device() {
+    let with = |table: &str| {
+        let port = "[[port]]\nname = \"nic\"\nkind = \"vfio\"\nside = \"outside\"\n";
+        format!("{MINIMAL}{port}{table}")
+    };
+    let good = with("mac = \"02:00:00:00:00:01\"\nvfio = { device = \"1:0.0\", rx_ring = 256 }");
+    let config = parse(&good, Path::new("g.toml")).unwrap();
+    let PortKind::Vfio(nic) = &config.ports[1].kind else {
+        panic!("another kind");
+    };
+    assert_eq!(nic.device, "0000:01:00.0");
+    assert!(nic.promiscuous && !nic.no_iommu && !nic.experimental);
+    for (table, what) in [
+        ("", "needs [port.vfio]"),
+        ("vfio = { device = \"eth0\" }", "no PCI address"),
+        (
+            "vfio = { device = \"1:0.0\", tx_ring = 48 }",
+            "power of two",
+        ),
+        (
+            "interface = \"eth0\"\nvfio = { device = \"1:0.0\" }",
+            "for af_xdp and tap",
+        ),
+        (
+            "vfio = { device = \"1:0.0\" }\n[test]\nseed = 1",
+            "refused with live ports",
+        ),
+    ] {
+        let found = problems(&with(table));
+        assert!(found.iter().any(|p| p.contains(what)), "{table}: {found:?}");
+    }
+}

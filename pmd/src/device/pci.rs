@@ -1,5 +1,7 @@
 //! A PCI device's identity and its capabilities (PCI Local Bus 3.0, section 6; PCI Express Base, section 7).
 
+use std::fmt;
+
 use super::{DeviceError, check_config};
 
 /// Bytes of configuration space of a conventional device.
@@ -51,6 +53,48 @@ pub const CAP_MSIX: u8 = 0x11;
 
 /// The first capability cannot be inside the header.
 const FIRST_CAPABILITY: usize = 0x40;
+
+/// Where a device is: domain, bus, device, function. Shown as the kernel does: `0000:01:00.0`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Address {
+    domain: u32,
+    bus: u8,
+    device: u8,
+    function: u8,
+}
+
+impl Address {
+    /// Reads `0000:01:00.0`, or `01:00.0` in domain 0.
+    pub fn parse(text: &str) -> Option<Address> {
+        let hex = |s: &str, digits: usize| {
+            let fine = (1..=digits).contains(&s.len()) && s.bytes().all(|b| b.is_ascii_hexdigit());
+            fine.then(|| u32::from_str_radix(s, 16).ok()).flatten()
+        };
+        let (bus, slot) = text.rsplit_once(':')?;
+        let (domain, bus) = bus.split_once(':').unwrap_or(("0000", bus));
+        let (device, function) = slot.split_once('.')?;
+        let byte = |v: u32, limit: u32| u8::try_from(v).ok().filter(|_| v < limit);
+        Some(Address {
+            // Host bridges behind others (VMD) have domains of more than 16 bits.
+            domain: hex(domain, 8)?,
+            bus: byte(hex(bus, 2)?, 256)?,
+            device: byte(hex(device, 2)?, 32)?,
+            function: byte(hex(function, 1)?, 8)?,
+        })
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Address {
+            domain,
+            bus,
+            device,
+            function,
+        } = self;
+        write!(f, "{domain:04x}:{bus:02x}:{device:02x}.{function:x}")
+    }
+}
 
 /// A capability of the conventional list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -307,6 +351,26 @@ mod tests {
             read(&[0; 8]),
             Err(DeviceError::ConfigAccess { .. })
         ));
+    }
+
+    #[test]
+    fn an_address_is_read_as_the_kernel_writes_it() {
+        for text in ["0000:01:00.0", "10000:fe:1f.7"] {
+            assert_eq!(Address::parse(text).unwrap().to_string(), text);
+        }
+        assert_eq!(Address::parse("3:2.1").unwrap().to_string(), "0000:03:02.1");
+        for text in [
+            "",
+            "01:00",
+            "01:20.0",
+            "01:00.8",
+            "1:100:00.0",
+            "0:0:0:0.0",
+            "+1:00.0",
+            "../0:0.0",
+        ] {
+            assert_eq!(Address::parse(text), None, "{text}");
+        }
     }
 
     proptest! {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::device::{Device, DeviceError};
 use crate::port::{Port, PortError};
+use crate::quiesce;
 
 /// What the operator wants of a NIC.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -129,7 +130,9 @@ pub fn open(device: Arc<dyn Device>, options: &NicOptions) -> Result<Box<dyn Por
         });
     }
     tracing::info!(port = %options.name, device = device.name(), driver = driver.name, "opening device");
-    (driver.open)(device, options)
+    let port = (driver.open)(Arc::clone(&device), options)?;
+    quiesce::register(&device, port.control().as_ref());
+    Ok(port)
 }
 
 #[cfg(test)]

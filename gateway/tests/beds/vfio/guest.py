@@ -18,7 +18,9 @@
     --huge N          2 MiB pages reserved in the guest (default 64)   --memory MIB   --cpus N   --timeout SECONDS
     --qemu 7|10       QEMU of Debian 12 with Linux 6.1, or of its backports with Linux 6.12 (default; igb needs it)
     --shell           what to run is a shell on the console
-    --monitor PATH    QEMU's monitor on a unix socket: set_link, device_del
+
+What the guest prints as "BED: monitor COMMAND" at the start of a line is given to QEMU's monitor: set_link vn1 off (the
+first NIC's cable), device_del dev1.
 
 Unit tests of a driver that need a device look like this, and run with `guest.py --nic igb --unit-tests pmd nic::igb`:
 
@@ -39,6 +41,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -314,12 +317,14 @@ def boot(options, output=sys.stdout):
             "-append", "console=ttyS0 quiet panic=-1 intel_iommu=on iommu=nopt tsc=reliable no_timer_check net.ifnames=0",
             *m.arguments,
         ]  # fmt: skip
-        if options.monitor:
-            command += ["-monitor", f"unix:{options.monitor},server=on,wait=off"]
+        monitor, far = socket.socketpair()
+        command += ["-chardev", f"socket,id=mon,fd={far.fileno()}", "-mon", "chardev=mon"]
         stdin = None if options.shell else subprocess.DEVNULL
         guest = subprocess.Popen(
-            command, stdin=stdin, stdout=subprocess.PIPE, text=True, errors="replace", bufsize=1, preexec_fn=end_with_parent
-        )
+            command, stdin=stdin, stdout=subprocess.PIPE, text=True, errors="replace", bufsize=1,
+            preexec_fn=end_with_parent, pass_fds=[far.fileno()],
+        )  # fmt: skip
+        far.close()
         watchdog = threading.Timer(options.timeout, guest.kill)
         watchdog.start()
         lines, status = [], None
@@ -331,6 +336,8 @@ def boot(options, output=sys.stdout):
                     print(line, file=output, flush=True)
                 if found := re.search(r"BED: exit (\d+)", line):
                     status = int(found[1])
+                if found := re.match(r"BED: monitor (.*)", line):
+                    monitor.sendall(found[1].encode() + b"\n")
             guest.wait()
         finally:
             watchdog.cancel()
@@ -364,7 +371,6 @@ def parser():
     p.add_argument("--timeout", type=int, default=120)
     p.add_argument("--qemu", choices=["7", "10"], default="10")
     p.add_argument("--shell", action="store_true")
-    p.add_argument("--monitor")
     p.add_argument("program", nargs=argparse.REMAINDER)
     return p
 

@@ -1,0 +1,178 @@
+# Runs in the guest (busybox sh), beside the gateway: $1 is the gateway, $2 echo requests for each family in the load, $3 the MTU.
+#
+#   netns lan, eth0 ──hub 1── NIC 0 [gateway] NIC 1 ──hub 2── eth1, netns peer: the kernel's own ESP
+#
+# Everything that crosses the gateway is ESP on hub 2, IPv4 in IPv4 and IPv6 in IPv6. Every check that fails ends the script
+# with the line "FAILED: …" and status 1. Lines "BED: monitor …" are commands for QEMU, which the host side carries out.
+esplanade=$1 echoes=$2 mtu=$3
+lan_nic=${VFIO_DEVICES% *} wan_nic=${VFIO_DEVICES#* }
+ip=/usr/bin/ip ping=/usr/bin/ping
+failed() { echo "FAILED: $*"; tail -n 15 /tmp/gateway.log; exit 1; }
+ns() { n=$1; shift; $ip netns exec $n "$@"; }
+mac() { echo 52:54:00:00:$1; }
+
+# --- The site -----------------------------------------------------------------------------------------------
+setup() {
+    mkdir -p /run/netns /tmp/site /tmp/site/leases.d
+    for n in lan peer; do $ip netns add $n; ns $n $ip link set lo up; done
+    $ip link set eth0 netns lan; $ip link set eth1 netns peer
+    # The outer headers need room: the LAN's MTU is the path's.
+    ns lan $ip link set eth0 mtu $((mtu - 100)) up; ns peer $ip link set eth1 mtu $mtu up
+    for n in lan peer; do
+        # No link-local chatter, no address detection: every packet is one of ours.
+        for i in eth0 eth1; do ns $n sh -c "echo 0 > /proc/sys/net/ipv6/conf/$i/accept_dad" 2>/dev/null; done
+    done
+    ns lan $ip addr add 10.1.0.2/24 dev eth0; ns lan $ip addr add fd01::2/64 dev eth0 nodad
+    ns peer $ip addr add 192.0.2.2/24 dev eth1; ns peer $ip addr add fd00::2/64 dev eth1 nodad
+    ns peer $ip addr add 10.2.0.1/32 dev lo; ns peer $ip addr add fd02::1/128 dev lo nodad
+    ns lan $ip route add 10.2.0.0/16 via 10.1.0.1; ns lan $ip -6 route add fd02::/64 via fd01::1
+    ns peer $ip route add 10.1.0.0/24 via 192.0.2.1; ns peer $ip -6 route add fd01::/64 via fd00::1
+    for a in 10.1.0.1 fd01::1; do ns lan $ip neigh add $a lladdr $(mac 01:01) dev eth0; done
+    for a in 192.0.2.1 fd00::1; do ns peer $ip neigh add $a lladdr $(mac 01:02) dev eth1; done
+    tunnel four 192.0.2.1 192.0.2.2 10.1.0.0/24 10.2.0.0/16 4
+    tunnel six fd00::1 fd00::2 fd01::/64 fd02::/64 6
+    cat > /tmp/site/gateway.toml <<END
+sa_files = ["sa.toml"]
+[workers]
+cpus = [0]
+[memory]
+frames = 8192
+stride = $([ $mtu -gt 1500 ] && echo 10240 || echo 2048)
+[[port]]
+name = "lan"
+kind = "vfio"
+side = "inside"
+mtu = $mtu
+addresses = ["10.1.0.1/24", "fd01::1/64"]
+vfio = { device = "$lan_nic", rx_ring = 512, tx_ring = 512 }
+[[port]]
+name = "wan"
+kind = "vfio"
+side = "outside"
+mtu = $mtu
+addresses = ["192.0.2.1/24", "fd00::1/64"]
+vfio = { device = "$wan_nic", rx_ring = 512, tx_ring = 512 }
+[[route]]
+to = "10.2.0.0/16"
+via = "192.0.2.2"
+[[route]]
+to = "fd02::/64"
+via = "fd00::2"
+[[neighbour]]
+ip = "192.0.2.2"
+mac = "$(mac 02:01)"
+port = "wan"
+[[neighbour]]
+ip = "fd00::2"
+mac = "$(mac 02:01)"
+port = "wan"
+[[neighbour]]
+ip = "10.1.0.2"
+mac = "$(mac 02:00)"
+port = "lan"
+[[neighbour]]
+ip = "fd01::2"
+mac = "$(mac 02:00)"
+port = "lan"
+[sas]
+max = 64
+[leases]
+path = "leases"
+[crypto]
+provider = "aws-lc"
+[api]
+socket = "/tmp/api.sock"
+[metrics]
+enabled = false
+END
+}
+
+# name, our address, the peer's, our network, the peer's, a digit for the SPIs
+tunnel() {
+    out=$(hexdump -n 20 -v -e '/1 "%02x"' /dev/urandom) in=$(hexdump -n 20 -v -e '/1 "%02x"' /dev/urandom)
+    (umask 077; cat >> /tmp/site/sa.toml <<END
+[[tunnel]]
+name = "$1"
+local = "$2"
+remote = "$3"
+suite = "aes-128-gcm-16"
+[[tunnel.sa]]
+direction = "out"
+spi = 0x100$6
+key = "$out"
+first_use = true
+[[tunnel.sa]]
+direction = "in"
+spi = 0x200$6
+key = "$in"
+first_use = true
+[[policy]]
+name = "$1-out"
+direction = "out"
+priority = 1
+action = "protect"
+tunnel = "$1"
+src = "$4"
+dst = "$5"
+[[policy]]
+name = "$1-in"
+direction = "in"
+priority = 1
+action = "protect"
+tunnel = "$1"
+src = "$5"
+dst = "$4"
+END
+)
+    suite="mode tunnel flag af-unspec replay-window 128 aead rfc4106(gcm(aes))"
+    ns peer $ip xfrm state add src $2 dst $3 proto esp spi 0x100$6 $suite 0x$out 128 || failed "kernel SA"
+    ns peer $ip xfrm state add src $3 dst $2 proto esp spi 0x200$6 $suite 0x$in 128 || failed "kernel SA"
+    ns peer $ip xfrm policy add src $4 dst $5 dir in tmpl src $2 dst $3 proto esp mode tunnel
+    ns peer $ip xfrm policy add src $5 dst $4 dir out tmpl src $3 dst $2 proto esp mode tunnel
+}
+
+# --- The gateway --------------------------------------------------------------------------------------------
+start() {
+    $esplanade run --config /tmp/site/gateway.toml > /tmp/gateway.log 2>&1 &
+    gateway=$!
+    for _ in $(seq 100); do
+        $esplanade status --json --socket /tmp/api.sock 2>/dev/null | grep -q '"ready": true' && return
+        [ -d /proc/$gateway ] || failed "the gateway did not start"
+        usleep 200000
+    done
+    failed "the gateway is not ready"
+}
+
+# In order; it fails when a frame is missing or the account does not balance.
+stop() {
+    kill $gateway; wait $gateway || failed "the gateway ended with $?"
+    grep -q "every frame is accounted for" /tmp/gateway.log || failed "no account of frames"
+    grep -qE "panic|mapping is kept|leaked" /tmp/gateway.log && failed "frames or mappings were lost"
+    echo "  $(grep -o 'entered=.*' /tmp/gateway.log)"
+}
+
+# Until both families answer; some models take seconds for their link.
+reach() {
+    for _ in $(seq 40); do
+        ns lan $ping -c 1 -W 1 -q 10.2.0.1 > /dev/null && ns lan $ping -c 1 -W 1 -q fd02::1 > /dev/null && return
+    done
+    failed "no answer through the tunnels: $1"
+}
+
+# Both families at once, in floods: no reply may be missing.
+flood() {
+    size=$1 n=$2
+    ns lan $ping -f -q -c $n -s $size 10.2.0.1 > /tmp/four & a=$!
+    ns lan $ping -f -q -c $n -s $size fd02::1 > /tmp/six & b=$!
+    wait $a; wait $b
+    for f in four six; do
+        grep -q " $n received" /tmp/$f || failed "$f, $size bytes: $(grep received /tmp/$f)"
+        echo "  $f, $size bytes: $(grep received /tmp/$f | tr -d '\n'); $(grep rtt /tmp/$f)"
+    done
+}
+
+cpu() { set -- $(cat /proc/$gateway/stat); echo $(($14 + $15)); }
+command_register() { hexdump -s 4 -n 2 -e '/2 "%u"' /sys/bus/pci/devices/$1/config; }
+bus_master() { [ $(($(command_register $1) & 4)) -ne 0 ]; }
+faults() { dmesg | grep -c "DMAR:.*fault addr"; }
+packets() { $esplanade stats --json --socket /tmp/api.sock | tr -d ' \n' | grep -o "\"$1\":[0-9]*" | head -1; }
