@@ -17,13 +17,16 @@ pub use interfaces::Interfaces;
 /// The driver that hands devices to programs.
 const VFIO: &str = "vfio-pci";
 
+/// Writes text to a file of sysfs.
+type Write = Box<dyn Fn(&Path, &str) -> io::Result<()>>;
+
 /// Where the kernel shows devices, and how it is told about them. Tests bring a tree of their own.
 pub struct Machine {
     sys: PathBuf,
     dev: PathBuf,
     /// Remembers the former drivers of bound devices.
     state: PathBuf,
-    write: Box<dyn Fn(&Path, &str) -> io::Result<()>>,
+    write: Write,
 }
 
 /// A network device.

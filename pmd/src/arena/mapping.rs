@@ -57,8 +57,7 @@ impl Mapping {
     /// Pages from the system's pool of huge pages, which are never swapped.
     fn with_huge_pages(len: usize, page: usize, name: &str) -> io::Result<Mapping> {
         let len = round_up(len, page)?;
-        let file = memfd(name, page)?;
-        file.set_len(len as u64)?;
+        let file = memfd(name, page, len)?;
         let map = MmapOptions::new().len(len).populate().map_raw(&file)?;
         Ok(Mapping {
             map,
@@ -76,12 +75,11 @@ impl Mapping {
     fn with_normal_pages(len: usize, config: &ArenaConfig) -> io::Result<Mapping> {
         let page = normal_page_size();
         let len = round_up(len, page)?;
-        let file = memfd(&config.name, page)?;
         // One huge page more, so that a place where file and address are both aligned can be chosen.
-        file.set_len(
-            len.checked_add(2 * MIB2)
-                .ok_or(io::ErrorKind::OutOfMemory)? as u64,
-        )?;
+        let room = len
+            .checked_add(2 * MIB2)
+            .ok_or(io::ErrorKind::OutOfMemory)?;
+        let file = memfd(&config.name, page, room)?;
         let (map, skip, file_offset) = if config.huge == HugePolicy::Never {
             (MmapOptions::new().len(len).map_raw(&file)?, 0, 0)
         } else {
@@ -201,15 +199,16 @@ fn round_up(len: usize, page: usize) -> io::Result<usize> {
         .ok_or_else(|| io::ErrorKind::OutOfMemory.into())
 }
 
-/// A file of memory with pages of `page` bytes.
-pub(crate) fn memfd(name: &str, page: usize) -> io::Result<File> {
+/// A file of `len` bytes of memory in pages of `page` bytes. Whoever it is shared with cannot change its length: an access
+/// behind a shortened file would end this process.
+pub(crate) fn memfd(name: &str, page: usize, len: usize) -> io::Result<File> {
     let name: Vec<u8> = name
         .bytes()
         .filter(|&b| b != 0)
         .take(200)
         .chain([0])
         .collect();
-    let mut flags = libc::MFD_CLOEXEC;
+    let mut flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     if page >= MIB2 {
         // The page size is given as its logarithm, in the same place as for mmap.
         flags |= libc::MFD_HUGETLB | (page.trailing_zeros() << libc::MAP_HUGE_SHIFT);
@@ -221,7 +220,12 @@ pub(crate) fn memfd(name: &str, page: usize) -> io::Result<File> {
     }
     // SAFETY: the descriptor was just made and belongs to nobody else.
     let file = unsafe { File::from_raw_fd(fd) };
-    debug_assert!(file.as_raw_fd() >= 0);
+    file.set_len(len as u64)?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: the call takes a number, no pointer.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
     Ok(file)
 }
 

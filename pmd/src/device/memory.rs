@@ -51,8 +51,7 @@ impl SharedMemory {
             .checked_next_multiple_of(page)
             .filter(|&n| n > 0 && isize::try_from(n).is_ok())
             .ok_or(io::ErrorKind::OutOfMemory)?;
-        let file = memfd("dma", page)?;
-        file.set_len(len as u64)?;
+        let file = memfd("dma", page, len)?;
         let map = MmapOptions::new().len(len).populate().map_raw(&file)?;
         Ok(SharedMemory { map, file, page })
     }

@@ -23,14 +23,15 @@ mod dma;
 mod heap;
 mod interrupt;
 pub mod iova;
-#[allow(dead_code, reason = "files are for vfio-user, which comes next")]
 mod map;
 mod memory;
 mod mmio;
 pub mod model;
 pub mod pci;
+mod region;
 pub mod ring;
 pub mod vfio;
+pub mod vfio_user;
 
 pub use barrier::{fence_acquire, fence_full, fence_release};
 pub use dma::DmaMem;

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,13 +10,13 @@ use memmap2::{MmapOptions, MmapRaw};
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_PCI_CONFIG_REGION_INDEX,
     VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
-    VFIO_PCI_REQ_IRQ_INDEX, VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ,
-    VFIO_REGION_INFO_FLAG_WRITE,
+    VFIO_PCI_REQ_IRQ_INDEX, VFIO_REGION_INFO_FLAG_MMAP,
 };
 
-use super::sys::{self, Region};
+use super::sys;
 use crate::device::interrupt::eventfds;
 use crate::device::pci::{COMMAND, COMMAND_BUS_MASTER, COMMAND_MEMORY, EXTENDED_SPACE};
+use crate::device::region::{Region, SplitRegion};
 use crate::device::{DeviceError, Mmio, PciInfo, RegisterSpace, check_config};
 
 /// The open device.
@@ -145,35 +144,20 @@ impl DeviceFile {
         if region.flags & VFIO_REGION_INFO_FLAG_MMAP == 0 {
             return Ok(Mmio::trapped(Arc::new(trapped)));
         }
-        match &region.sparse {
-            None => self.map(region.offset, len),
-            Some(areas) => {
-                let mut mapped = Vec::new();
-                for &(at, size) in areas.iter().filter(|(_, size)| *size > 0) {
-                    // Areas were found to lie inside the region, whose size fits.
-                    let (Ok(at), Ok(size)) = (usize::try_from(at), usize::try_from(size)) else {
-                        return Err(none);
-                    };
-                    let part = self.map(region.offset + at as u64, size)?;
-                    mapped.push((at..at + size, part));
-                }
-                Ok(Mmio::trapped(Arc::new(Sparse {
-                    mapped,
-                    rest: trapped,
-                })))
-            }
-        }
+        let whole = [(0, region.size)];
+        let areas = region.sparse.as_deref().unwrap_or(&whole);
+        let split = SplitRegion::new(areas, trapped, |at, len| self.map(region.offset + at, len))?;
+        Ok(split.into_mmio())
     }
 
     /// The region, when it can be read and written and is not configuration space.
     fn usable(&self, index: u32) -> Option<&Region> {
-        let both = VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE;
         if self.pci.is_some() && index >= 6 {
             return None;
         }
         self.regions
             .get(usize::try_from(index).ok()?)
-            .filter(|r| r.size > 0 && r.flags & both == both)
+            .filter(|r| r.is_read_write())
     }
 
     fn map(&self, offset: u64, len: usize) -> Result<Mmio, DeviceError> {
@@ -329,55 +313,6 @@ impl RegisterSpace for Trapped {
 
     fn len(&self) -> usize {
         self.len
-    }
-}
-
-/// A region of which only parts are mapped.
-struct Sparse {
-    mapped: Vec<(Range<usize>, Mmio)>,
-    rest: Trapped,
-}
-
-impl Sparse {
-    /// The mapping that holds the access, and its place there.
-    fn place(&self, offset: usize, size: usize) -> Option<(&Mmio, usize)> {
-        let end = offset.checked_add(size)?;
-        self.mapped
-            .iter()
-            .find(|(range, _)| range.start <= offset && end <= range.end)
-            .map(|(range, m)| (m, offset - range.start))
-    }
-}
-
-impl RegisterSpace for Sparse {
-    fn read(&self, offset: usize, size: usize) -> u64 {
-        match (self.place(offset, size), size) {
-            (Some((m, at)), 1) => m.read8(at).into(),
-            (Some((m, at)), 2) => m.read16(at).into(),
-            (Some((m, at)), 4) => m.read32(at).into(),
-            (Some((m, at)), _) => m.read64(at),
-            (None, _) => self.rest.read(offset, size),
-        }
-    }
-
-    fn write(&self, offset: usize, size: usize, value: u64) {
-        let [a, b, c, d, ..] = value.to_le_bytes();
-        match (self.place(offset, size), size) {
-            (Some((m, at)), 1) => m.write8(at, a),
-            (Some((m, at)), 2) => m.write16(at, u16::from_le_bytes([a, b])),
-            (Some((m, at)), 4) => m.write32(at, u32::from_le_bytes([a, b, c, d])),
-            (Some((m, at)), _) => m.write64(at, value),
-            (None, _) => self.rest.write(offset, size, value),
-        }
-    }
-
-    fn len(&self) -> usize {
-        self.rest.len
-    }
-
-    fn part(&self, offset: usize, len: usize) -> Option<Mmio> {
-        let (m, at) = self.place(offset, len)?;
-        m.window(at, len).ok()
     }
 }
 

@@ -10,10 +10,11 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_IOMMU_INFO_CAPS, VFIO_IOMMU_INFO_PGSIZES, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE,
     VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD,
-    VFIO_IRQ_SET_DATA_NONE, VFIO_REGION_INFO_CAP_SPARSE_MMAP, VFIO_REGION_INFO_FLAG_CAPS,
-    VFIO_TYPE, vfio_device_info, vfio_group_status, vfio_iommu_type1_info, vfio_irq_info,
-    vfio_region_info,
+    VFIO_IRQ_SET_DATA_NONE, VFIO_TYPE, vfio_device_info, vfio_group_status, vfio_iommu_type1_info,
+    vfio_irq_info, vfio_region_info,
 };
+
+use crate::device::region::{Region, capabilities, parse_region, u32_at, u64_at};
 
 /// The most that a variable-length answer is believed to need.
 const MOST_ANSWER: usize = 64 << 10;
@@ -110,52 +111,10 @@ pub(super) fn device_info(device: BorrowedFd<'_>) -> io::Result<vfio_device_info
     Ok(info)
 }
 
-/// One region of a device.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Region {
-    pub(super) flags: u32,
-    pub(super) size: u64,
-    /// Place in the device's file.
-    pub(super) offset: u64,
-    /// Parts that can be mapped, when not all can: offset and size, inside the region.
-    pub(super) sparse: Option<Vec<(u64, u64)>>,
-}
-
 /// Describes region `index`.
 pub(super) fn region(device: BorrowedFd<'_>, index: u32) -> io::Result<Region> {
     let bytes = variable::<vfio_region_info>(device, 8, |b| put_u32(b, 8, index))?;
     parse_region(&bytes).ok_or_else(|| broken("region information"))
-}
-
-fn parse_region(b: &[u8]) -> Option<Region> {
-    let (flags, cap_offset) = (u32_at(b, 4)?, u32_at(b, 12)?);
-    let mut region = Region {
-        flags,
-        size: u64_at(b, 16)?,
-        offset: u64_at(b, 24)?,
-        sparse: None,
-    };
-    region.offset.checked_add(region.size)?;
-    if flags & VFIO_REGION_INFO_FLAG_CAPS != 0 {
-        for (id, body) in capabilities(b, cap_offset)? {
-            if u32::from(id) == VFIO_REGION_INFO_CAP_SPARSE_MMAP {
-                let n = usize::try_from(u32_at(body, 0)?).ok()?;
-                let areas = body.get(8..8 + n.checked_mul(16)?)?;
-                let areas = areas
-                    .chunks_exact(16)
-                    .map(|a| Some((u64_at(a, 0)?, u64_at(a, 8)?)))
-                    .collect::<Option<Vec<_>>>()?;
-                let inside = |&(offset, size): &(u64, u64)| {
-                    offset.checked_add(size).is_some_and(|e| e <= region.size)
-                };
-                if !areas.iter().all(inside) {
-                    return None;
-                }
-                region.sparse = Some(areas);
-            }
-        }
-    }
-    Some(region)
 }
 
 /// Flags and count of the interrupts of one kind.
@@ -252,24 +211,6 @@ fn parse_iommu(b: &[u8]) -> Option<IommuInfo> {
     Some(info)
 }
 
-/// The chain of capabilities behind an information structure: identity, and everything behind the header. `None` when it
-/// leaves the buffer or does not end.
-fn capabilities(b: &[u8], first: u32) -> Option<Vec<(u16, &[u8])>> {
-    let mut list = Vec::new();
-    let mut offset = usize::try_from(first).ok()?;
-    while offset != 0 {
-        // Each has a header of 8 bytes, so more than this many is a loop.
-        if list.len() > b.len() / 8 {
-            return None;
-        }
-        let id = u16::from_ne_bytes(b.get(offset..offset.checked_add(2)?)?.try_into().ok()?);
-        let next = u32_at(b, offset.checked_add(4)?)?;
-        list.push((id, b.get(offset.checked_add(8)?..)?));
-        offset = usize::try_from(next).ok()?;
-    }
-    Some(list)
-}
-
 /// Calls for an answer of a length that the kernel says: first with the plain structure, then with the room it asked for.
 fn variable<T>(fd: BorrowedFd<'_>, n: u32, fill: impl Fn(&mut [u8])) -> io::Result<Vec<u8>> {
     let mut len = size_of::<T>();
@@ -291,16 +232,6 @@ fn broken(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("nonsense in {what}"))
 }
 
-fn u32_at(b: &[u8], at: usize) -> Option<u32> {
-    let bytes = b.get(at..at.checked_add(4)?)?;
-    Some(u32::from_ne_bytes(bytes.try_into().ok()?))
-}
-
-fn u64_at(b: &[u8], at: usize) -> Option<u64> {
-    let bytes = b.get(at..at.checked_add(8)?)?;
-    Some(u64::from_ne_bytes(bytes.try_into().ok()?))
-}
-
 fn put_u32(b: &mut [u8], at: usize, value: u32) {
     if let Some(place) = b.get_mut(at..at + 4) {
         place.copy_from_slice(&value.to_ne_bytes());
@@ -311,7 +242,6 @@ fn put_u32(b: &mut [u8], at: usize, value: u32) {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use vfio_bindings::bindings::vfio::VFIO_REGION_INFO_FLAG_MMAP;
 
     fn words(list: &[u32]) -> Vec<u8> {
         list.iter().flat_map(|w| w.to_ne_bytes()).collect()
@@ -355,33 +285,12 @@ mod tests {
         assert_eq!(parse_iommu(&words(&[24, 1, 0, 0, 0, 0])), None);
     }
 
-    #[test]
-    fn parts_of_a_region_must_lie_inside_it() {
-        let flags = VFIO_REGION_INFO_FLAG_MMAP | VFIO_REGION_INFO_FLAG_CAPS;
-        let mut b = words(&[80, flags, 3, 32, 0x8000, 0, 0, 0x300]);
-        b.extend(words(&[1 | 1 << 16, 0, 2, 0]));
-        for edge in [0u64, 0x1000, 0x2000, 0x6000] {
-            b.extend(edge.to_ne_bytes());
-        }
-        let r = parse_region(&b).unwrap();
-        assert_eq!((r.size, r.offset), (0x8000, 0x300 << 32));
-        assert_eq!(r.sparse.unwrap(), [(0, 0x1000), (0x2000, 0x6000)]);
-        put_u32(&mut b, 72, 0x6001);
-        assert_eq!(parse_region(&b), None);
-    }
-
     proptest! {
         #[test]
         fn no_answer_panics(mut b in prop::collection::vec(any::<u8>(), 0..200), flags in 0u32..16, first in 0u32..200) {
             put_u32(&mut b, 4, flags);
             put_u32(&mut b, 16, first);
             let _ = parse_iommu(&b);
-            put_u32(&mut b, 12, first);
-            if let Some(r) = parse_region(&b) {
-                for (offset, size) in r.sparse.into_iter().flatten() {
-                    prop_assert!(offset + size <= r.size);
-                }
-            }
         }
     }
 }
