@@ -137,6 +137,11 @@ pub trait Device: Send + Sync {
         false
     }
 
+    /// Whether an IOMMU stands between the device and memory, so that it must use the addresses given here.
+    fn behind_iommu(&self) -> bool {
+        true
+    }
+
     /// The NUMA node that the device is attached to, where the system knows.
     fn numa_node(&self) -> Option<u32> {
         None

@@ -98,6 +98,7 @@ pub const DRIVERS: &[Driver] = &[
     crate::intel::igb::DRIVER,
     crate::intel::ixgbe::DRIVER,
     crate::intel::ixgbevf::DRIVER,
+    crate::virtio::net::DRIVER,
     crate::vmxnet3::DRIVER,
 ];
 

@@ -11,7 +11,9 @@
 //! - **Offloads are negotiated only when they are used.** There are none here yet: checksums and segments arrive complete, and
 //!   a packet that claims otherwise breaks the agreement and is dropped.
 
+pub mod net;
 pub mod packed;
+mod pci;
 pub mod ring;
 pub mod split;
 pub mod vhost;

@@ -42,7 +42,7 @@ pub struct VfioDevice {
     file: DeviceFile,
     // Dropped in this order, after `drop` has stopped the device: memory, then the device's own files.
     dma: DmaSpace,
-    _files: Files,
+    files: Files,
 }
 
 #[allow(dead_code, reason = "held for their Drop")]
@@ -104,7 +104,7 @@ impl VfioDevice {
             numa_node: numa_node(&sysfs),
             file,
             dma,
-            _files: files,
+            files,
         };
         match device.reset() {
             Ok(()) => {}
@@ -122,6 +122,10 @@ impl Device for VfioDevice {
 
     fn pci(&self) -> Option<&PciInfo> {
         self.file.pci()
+    }
+
+    fn behind_iommu(&self) -> bool {
+        !matches!(self.files, Files::NoIommu(..))
     }
 
     fn config_read(&self, offset: usize, size: usize) -> Result<u32, DeviceError> {
