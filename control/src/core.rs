@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use sa_store::cipher::CipherFactory;
 use sa_store::file::Config;
 use sa_store::lease::{LeaseError, LeaseWriter};
+use sa_store::report::Report;
 use sa_store::runtime::event;
 use sa_store::store::Store;
 use serde::{Deserialize, Serialize};
@@ -212,6 +213,7 @@ impl Control {
         install::reap(&mut self.store, &mut self.keeper, &self.leases);
         let now = Instant::now();
         self.lower_edges(now);
+        self.hear();
         let work = self.work_done();
         // Nothing moved and nothing is pending: nothing can have been used up.
         if work != self.last_work {
@@ -240,6 +242,15 @@ impl Control {
             // One more look soon: what was asked for may be durable then.
             self.last_work = u64::MAX;
         }
+    }
+
+    /// What workers tell: the audit log of RFC 4301, and SAs whose edge is wanted now.
+    fn hear(&mut self) {
+        let (plane, keeper) = (Arc::clone(&self.plane), &mut self.keeper);
+        plane.reports(&mut |report| match report {
+            Report::Audit(event) => tracing::warn!("audit: {event}"),
+            Report::Edge(sa) => keeper.attend(sa),
+        });
     }
 
     /// Takes inbound edges that are needlessly far ahead back, in two steps: the workers first, then the disk.

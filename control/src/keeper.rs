@@ -314,6 +314,11 @@ impl Keeper {
         Ok(())
     }
 
+    /// This SA is to be looked at in the next round.
+    pub fn attend(&mut self, id: SaId) {
+        self.hot.push(id);
+    }
+
     /// Gives back room of inbound SAs that turned out slow. True when workers were given lower edges: once every
     /// worker has begun a new burst, [`lowered`](Self::lowered) is to be called.
     pub fn lower(&mut self, now: Duration) -> bool {

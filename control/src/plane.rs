@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use sa_store::file::Config;
 use sa_store::ledger::WorkerCounters;
+use sa_store::report::Report;
 use sa_store::sa::Direction;
 use sa_store::spd::PolicyIdx;
 use serde::{Deserialize, Serialize};
@@ -112,6 +113,9 @@ pub trait DataPlane: Send + Sync {
     /// Packets that a policy decided about, all workers together. `None` beyond the counters that workers have: these
     /// policies share one.
     fn policy_hits(&self, direction: Direction, policy: PolicyIdx) -> Option<u64>;
+
+    /// What workers have told since the last call.
+    fn reports(&self, take: &mut dyn FnMut(Report));
 
     /// Gateway clock, nanoseconds: the one that workers use.
     fn now(&self) -> u64;

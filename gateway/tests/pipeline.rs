@@ -3,8 +3,9 @@
 
 mod common;
 
-use common::{GCM, Plan, bed, payload_of, udp};
+use common::{Bed, GCM, Plan, bed, payload_of, udp};
 use sa_store::drops::{Consumed, DropReason};
+use sa_store::report::Report;
 use sa_store::sa::*;
 use sa_store::spd::PolicyIdx;
 use sa_store::suite::{AeadIcv, AesBits, Cipher, Hmac, Suite};
@@ -234,4 +235,59 @@ fn dummy_packets_fill_the_silence_and_end_at_the_peer() {
         1,
         "dummies and padded packets look alike: {lengths:?}"
     );
+}
+
+#[test]
+fn auditable_drops_are_reported_with_their_fields_and_in_measure() {
+    let mut b = bed(&Plan::default());
+    b.cut = true;
+    b.send_left(&[udp("10.1.0.1", "10.2.0.1", 64, b"x")]);
+    b.settle();
+    b.cut = false;
+    let good = b.wire.last().unwrap().clone();
+    let mut forged = good.clone();
+    *forged.last_mut().unwrap() ^= 1;
+    let mut unknown = good.clone();
+    unknown[34..38].copy_from_slice(&0xdead_beef_u32.to_be_bytes());
+    let clear = udp("10.1.0.1", "10.2.0.1", 64, b"in the clear");
+    b.inject_right(&[forged.clone(), unknown, good.clone(), good, clear]);
+    b.settle();
+    let told = |b: &mut Bed| {
+        let mut lines = Vec::new();
+        while let Ok(report) = b.right.gw.reports[0].pop() {
+            if let Report::Audit(event) = report {
+                lines.push(event);
+            }
+        }
+        lines
+    };
+    let mut lines: Vec<_> = told(&mut b).iter().map(ToString::to_string).collect();
+    lines.sort_unstable();
+    let gateways = "src=192.0.2.1 dst=192.0.2.2 proto=50";
+    assert_eq!(
+        lines,
+        [
+            format!("reason=icv_mismatch spi=0x00001001 seq=1 {gateways}"),
+            "reason=policy_must_protect src=10.1.0.1 dst=10.2.0.1 proto=17 sport=1000 dport=2000"
+                .into(),
+            format!("reason=replay_duplicate spi=0x00001001 seq=1 {gateways}"),
+            format!("reason=sa_not_found spi=0xdeadbeef seq=1 {gateways}"),
+        ]
+    );
+    // A flood fills no log and says how much of it was left out.
+    for _ in 0..40 {
+        b.inject_right(&vec![forged.clone(); 50]);
+        b.settle();
+    }
+    let first = told(&mut b);
+    assert!((1..200).contains(&first.len()), "{}", first.len());
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    b.inject_right(&[forged]);
+    b.settle();
+    let all: u64 = first
+        .iter()
+        .chain(&told(&mut b))
+        .map(|e| 1 + e.unreported)
+        .sum();
+    assert_eq!(all, 2001);
 }

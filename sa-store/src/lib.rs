@@ -19,6 +19,7 @@ pub mod policy;
 pub mod prefetch;
 pub mod quiesce;
 pub mod replay;
+pub mod report;
 pub mod runtime;
 pub mod sa;
 pub mod sad;

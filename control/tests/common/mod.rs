@@ -13,6 +13,7 @@ use sa_store::cipher::{CipherError, CipherFactory, CipherJob, SaCipher};
 use sa_store::file::Config;
 use sa_store::lease::{LeaseStore, LeaseWriter};
 use sa_store::ledger::WorkerCounters;
+use sa_store::report::Report;
 use sa_store::sa::{Direction, SaKeys};
 use sa_store::spd::PolicyIdx;
 use sa_store::store::Store;
@@ -105,6 +106,7 @@ impl DataPlane for Plane {
     fn policy_hits(&self, _: Direction, policy: PolicyIdx) -> Option<u64> {
         Some(u64::from(policy.0))
     }
+    fn reports(&self, _: &mut dyn FnMut(Report)) {}
     fn now(&self) -> u64 {
         self.clock.load(Ordering::Relaxed)
     }

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use pmd::engine::EspEngine;
 use pmd::{Arena, Pool, PortQueue, PortQueueStats};
 use quanta::Clock;
+use rtrb::{Consumer, RingBuffer};
 use sa_store::ledger::WorkerCounters;
+use sa_store::report::Report;
 use sa_store::snapshot::Reader;
 use sa_store::store::Store;
 
@@ -13,7 +15,8 @@ use crate::engine::SoftwareEngine;
 use crate::esp::iv::CbcIvGen;
 use crate::esp::reassembly::ReassemblyConfig;
 use crate::worker::{
-    Handover, IdlePolicy, Locals, PipelineConfig, PolicyHits, PortSetup, Worker, WorkerParts,
+    Handover, IdlePolicy, Locals, PipelineConfig, PolicyHits, PortSetup, REPORTS, Worker,
+    WorkerParts,
 };
 
 /// What a gateway is to look like, apart from its ports.
@@ -86,6 +89,8 @@ pub struct Assembled {
     pub counters: Vec<Arc<WorkerCounters>>,
     /// Policy hits of each worker.
     pub hits: Vec<Arc<PolicyHits>>,
+    /// What each worker tells control beside counters.
+    pub reports: Vec<Consumer<Report>>,
     /// Counters of each port's queues.
     pub port_stats: Vec<Vec<Arc<PortQueueStats>>>,
     /// The clock that workers use.
@@ -163,12 +168,15 @@ pub fn assemble(
         .map(|_| Arc::new(PolicyHits::new(config.policy_slots)))
         .collect();
     let mut workers = Vec::with_capacity(count);
+    let mut reports = Vec::with_capacity(count);
     let mesh = Handover::mesh(count, config.handover_slots)?;
     for (id, (queues, handover)) in dealt.into_iter().zip(mesh).enumerate() {
         let iv = match config.iv_seed {
             None => CbcIvGen::from_os()?,
             Some(seed) => CbcIvGen::from_seed(&spread(seed, id)),
         };
+        let (told, heard) = RingBuffer::new(REPORTS);
+        reports.push(heard);
         let parts = WorkerParts {
             id,
             cpu: config.cpus[id],
@@ -183,6 +191,7 @@ pub fn assemble(
             handover,
             counters: Arc::clone(&counters[id]),
             policy_hits: Arc::clone(&hits[id]),
+            reports: told,
             config: Arc::clone(&pipeline),
         };
         workers.push(Worker::new(parts, clock.clone(), iv));
@@ -192,6 +201,7 @@ pub fn assemble(
         store,
         counters,
         hits,
+        reports,
         port_stats,
         clock,
     })

@@ -10,8 +10,10 @@ use control::plane::{
 use pmd::capture::{Capture, CaptureOptions};
 use pmd::{Arena, PortQueueStats};
 use quanta::Clock;
+use rtrb::Consumer;
 use sa_store::file::Config;
 use sa_store::policy::{Action, AddrRange};
+use sa_store::report::Report;
 use sa_store::sa::Direction;
 use sa_store::spd::PolicyIdx;
 
@@ -33,6 +35,7 @@ pub struct Plane {
     arena: Arc<Arena>,
     clock: Clock,
     crypto: Arc<Selection>,
+    reports: Mutex<Vec<Consumer<Report>>>,
     alive: Box<dyn Fn() -> bool + Send + Sync>,
 }
 
@@ -54,6 +57,8 @@ pub struct PlaneParts {
     pub clock: Clock,
     /// Crypto providers.
     pub crypto: Arc<Selection>,
+    /// What workers tell.
+    pub reports: Vec<Consumer<Report>>,
     /// Whether all workers' threads run.
     pub alive: Box<dyn Fn() -> bool + Send + Sync>,
 }
@@ -70,6 +75,7 @@ impl Plane {
             arena,
             clock,
             crypto,
+            reports,
             alive,
         } = parts;
         Self {
@@ -82,6 +88,7 @@ impl Plane {
             arena,
             clock,
             crypto,
+            reports: Mutex::new(reports),
             alive,
         }
     }
@@ -136,6 +143,15 @@ impl DataPlane for Plane {
                 .map(|c| c.value())
         };
         self.hits.iter().map(of).sum()
+    }
+
+    fn reports(&self, take: &mut dyn FnMut(Report)) {
+        let mut rings = self.reports.lock().unwrap_or_else(PoisonError::into_inner);
+        for ring in rings.iter_mut() {
+            while let Ok(report) = ring.pop() {
+                take(report);
+            }
+        }
     }
 
     fn now(&self) -> u64 {

@@ -248,6 +248,7 @@ fn build(
     let plane = Plane::new(PlaneParts {
         workers: views.collect(),
         hits: assembled.hits,
+        reports: assembled.reports,
         ports,
         stats: assembled.port_stats,
         capture,

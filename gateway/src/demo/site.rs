@@ -100,6 +100,7 @@ impl Gateway {
                 })
                 .collect(),
             hits: assembled.hits,
+            reports: assembled.reports,
             ports: views,
             stats: assembled.port_stats,
             capture: Capture::new(1),

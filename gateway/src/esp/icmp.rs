@@ -192,71 +192,11 @@ fn fill(message: &mut [u8], header: [u8; 8], quoted: &[u8], pseudo: u16) -> Opti
     Some(())
 }
 
-/// What an ICMP "too big" about one of our own outer packets says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PathMtu {
-    /// New MTU of the path, bytes; 0 when an old router did not say.
-    pub mtu: u16,
-    /// SPI of the quoted outer packet.
-    pub spi: u32,
-    /// Destination of the quoted outer packet: the far gateway.
-    pub peer: std::net::IpAddr,
-}
-
-/// Reads an ICMP fragmentation-needed or packet-too-big that quotes an ESP packet, plain or in UDP. The
-/// message is not authenticated: RFC 4301 section 8.2 leaves it to configuration whether to believe it.
-pub fn path_mtu(packet: &[u8], p: &Parsed) -> Option<PathMtu> {
-    use crate::wire::{NattPorts, be16, be32};
-    let message = packet.get(usize::from(p.upper_off)..usize::from(p.l3_len))?;
-    let (h, quoted) = message.split_first_chunk::<8>()?;
-    let (mtu, header_len, next, dst) = match (p.family, p.proto, h[0], h[1]) {
-        (Family::V4, proto::ICMP, v4::UNREACHABLE, v4::FRAG_NEEDED) => {
-            let ip = quoted.first_chunk::<20>()?;
-            if ip[0] >> 4 != 4 || be16(ip, 6) & 0x1fff != 0 {
-                return None;
-            }
-            let dst = Ipv4Addr::new(ip[16], ip[17], ip[18], ip[19]);
-            (be16(h, 6), usize::from(ip[0] & 15) * 4, ip[9], dst.into())
-        }
-        (Family::V6, proto::ICMPV6, v6::TOO_BIG, _) => {
-            let ip = quoted.first_chunk::<40>()?;
-            let mtu = u16::try_from(be32(h, 4)).unwrap_or(u16::MAX);
-            let dst = <[u8; 16]>::try_from(ip.get(24..40)?).ok()?;
-            let dst = std::net::IpAddr::V6(dst.into());
-            if ip[0] >> 4 != 6 {
-                return None;
-            }
-            (mtu, 40, ip[6], dst)
-        }
-        _ => return None,
-    };
-    let upper = quoted.get(header_len..)?;
-    let esp = match next {
-        proto::ESP => upper,
-        proto::UDP => {
-            let ports = upper.first_chunk::<4>()?;
-            let NattPorts(natt) = NattPorts::default();
-            if !natt.contains(&be16(ports, 0)) && !natt.contains(&be16(ports, 2)) {
-                return None;
-            }
-            upper.get(8..)?
-        }
-        _ => return None,
-    };
-    let spi = be32(esp.first_chunk::<4>()?, 0);
-    (spi > 255).then_some(PathMtu {
-        mtu,
-        spi,
-        peer: dst,
-    })
-}
-
 /// Feeds arbitrary bytes to everything that reads ICMP, for the fuzzer.
 #[doc(hidden)]
 pub fn fuzz_icmp(data: &[u8]) {
     let data = &*crate::wire::fuzz::with_checksum(data);
     if let Ok(p) = crate::wire::parse_ip(data, crate::wire::NattPorts::default()) {
-        let _ = path_mtu(data, &p);
         for error in [IcmpError::TooBig { mtu: 1400 }, IcmpError::TimeExceeded] {
             let _ = may_answer(&p, error);
         }
@@ -414,25 +354,5 @@ mod tests {
             US6
         ));
         pool.put(f);
-    }
-
-    #[test]
-    fn a_too_big_about_our_own_esp_names_spi_peer_and_mtu() {
-        let esp = [0, 0, 0x10, 1, 0, 0, 0, 9, 0, 0, 0, 0];
-        let udp = [&[0x11, 0x94, 0x11, 0x94, 0, 20, 0, 0][..], &esp].concat();
-        for family in [Family::V4, Family::V6] {
-            for (next, payload) in [(proto::ESP, &esp[..]), (proto::UDP, &udp)] {
-                let ours = Ip::new(family).packet(next, payload);
-                let b = answer(&ours, IcmpError::TooBig { mtu: 1300 }).unwrap();
-                let want = PathMtu {
-                    mtu: 1300,
-                    spi: 0x1001,
-                    peer: parsed(&ours).dst_ip(),
-                };
-                assert_eq!(path_mtu(&b, &parsed(&b)), Some(want));
-            }
-        }
-        let other = answer(&Ip::new(Family::V4).udp(9), IcmpError::TooBig { mtu: 1300 }).unwrap();
-        assert_eq!(path_mtu(&other, &parsed(&other)), None);
     }
 }

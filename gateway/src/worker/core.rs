@@ -23,6 +23,7 @@ use super::handover::{Handed, Handover, Task};
 use super::inbound::Inbound;
 use super::lane::{Info, cut};
 use super::outbound::Outbound;
+use super::reports::Reports;
 use super::setup::{PipelineConfig, PolicyHits, Side};
 use super::stages::{Stage, StageClock};
 use crate::esp::iv::CbcIvGen;
@@ -40,6 +41,7 @@ pub(super) struct Shared {
     pub(super) engine: Box<dyn EspEngine>,
     pub(super) natt: NattPorts,
     pub(super) stages: StageClock,
+    pub(super) reports: Reports,
     /// Gateway clock of this round, nanoseconds.
     pub(super) now: u64,
 }
@@ -50,6 +52,18 @@ impl Shared {
     pub(super) fn drop(&mut self, frame: Frame, reason: DropReason) {
         self.counters.drop_frames(reason, 1);
         self.pool.put(frame);
+    }
+
+    /// Tells the audit log of a packet that is about to be dropped; see [`Reports::audit`].
+    #[cold]
+    pub(super) fn audit(
+        &mut self,
+        reason: DropReason,
+        frame: &Frame,
+        p: &Parsed,
+        esp: Option<(u32, u32)>,
+    ) {
+        self.reports.audit(self.now, reason, frame, p, esp);
     }
 
     /// Ends a frame for a good reason.
@@ -337,6 +351,12 @@ impl Core {
 #[inline(always)]
 pub(super) fn dst_of(p: &Parsed) -> u128 {
     mapped(p.family, p.dst)
+}
+
+/// Source of a packet, IPv4 as IPv4-mapped.
+#[inline(always)]
+pub(super) fn src_of(p: &Parsed) -> u128 {
+    mapped(p.family, p.src)
 }
 
 #[inline(always)]

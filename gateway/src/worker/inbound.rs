@@ -7,7 +7,6 @@ use sa_store::drops::{Consumed, DropReason};
 use sa_store::flow::{FlowCache, FlowKey};
 use sa_store::replay::Replay;
 use sa_store::runtime::{SaEntry, TunnelIdx};
-use sa_store::sa::SaId;
 use sa_store::snapshot::Snapshot;
 use sa_store::spd::{InboundVerdict, Verdict};
 
@@ -135,6 +134,7 @@ impl Inbound {
                 .or_else(|| snapshot.sad.find(spi(&info.p), dst, vrf).map(|e| &**e));
             let Some(entry) = entry else {
                 if shared.is_local(&info.p, vrf) {
+                    shared.audit(DropReason::SaNotFound, &frame, &info.p, None);
                     shared.drop(frame, DropReason::SaNotFound);
                 } else {
                     self.clear_text(shared, snapshot, out, frame, info);
@@ -168,7 +168,10 @@ impl Inbound {
                         status: JobStatus::Pending,
                     });
                 }
-                Err(reason) => shared.drop(frame, reason),
+                Err(reason) => {
+                    shared.audit(reason, &frame, &info.p, None);
+                    shared.drop(frame, reason);
+                }
             }
         }
         packets.clear();
@@ -215,7 +218,7 @@ impl Inbound {
                 && let Some(verdict) = verdicts.next()
                 && let Err(reason) = accept(verdict.inbound(via))
             {
-                refuse_selector(snapshot, job.sa);
+                refuse_selector(shared, snapshot, &job, info.map(|i| &i.p), reason);
                 shared.drop(job.frame, reason);
                 continue;
             }
@@ -234,7 +237,7 @@ impl Inbound {
     /// ICV, window, structure, limits and the SA's own selectors. Notes the key of a packet that policies must
     /// allow, RFC 4301 section 5.2 step 4.
     #[inline]
-    fn judge(&mut self, shared: &Shared, snapshot: &Snapshot, job: &mut EspJob) -> Judged {
+    fn judge(&mut self, shared: &mut Shared, snapshot: &Snapshot, job: &mut EspJob) -> Judged {
         let Some(entry) = snapshot.sa(job.sa) else {
             return Judged::Dropped(DropReason::SaDisabled);
         };
@@ -254,7 +257,9 @@ impl Inbound {
                         return Judged::Opened { via: None };
                     }
                     entry.live.counters.selector.add(1);
-                    Judged::Dropped(DropReason::SelectorMismatch)
+                    let reason = DropReason::SelectorMismatch;
+                    shared.audit(reason, &job.frame, &info.p, Some(sealed_as(entry, job)));
+                    Judged::Dropped(reason)
                 } else if entry.fixed.route_based {
                     // A route-based tunnel without selectors carries whatever is routed into it.
                     return Judged::Opened { via: None };
@@ -266,7 +271,10 @@ impl Inbound {
                 }
             }
             Ok(Decapped::Consumed(kind)) => Judged::Consumed(kind),
-            Err(reason) => Judged::Dropped(reason),
+            Err(reason) => {
+                report_unopened(shared, job, reason);
+                Judged::Dropped(reason)
+            }
         };
         self.opened.pop();
         judged
@@ -341,7 +349,10 @@ impl Inbound {
                     out.forward.push(frame, *info);
                 }
             }
-            InboundVerdict::Drop { reason, .. } => shared.drop(frame, reason),
+            InboundVerdict::Drop { reason, .. } => {
+                shared.audit(reason, &frame, &info.p, None);
+                shared.drop(frame, reason);
+            }
         }
     }
 
@@ -370,6 +381,7 @@ impl Inbound {
     /// Adds a fragment; a packet that it completes goes on as if it had come whole.
     fn reassemble(&mut self, shared: &mut Shared, frame: Frame, info: &Info) {
         let Some(reassembly) = &mut self.reassembly else {
+            shared.audit(DropReason::FragmentOff, &frame, &info.p, None);
             shared.drop(frame, DropReason::FragmentOff);
             return;
         };
@@ -414,11 +426,39 @@ fn accept(verdict: InboundVerdict) -> Result<(), DropReason> {
     }
 }
 
+/// Counts and reports a packet from a tunnel that policies do not let in.
 #[cold]
-fn refuse_selector(snapshot: &Snapshot, sa: SaId) {
-    if let Some(entry) = snapshot.sa(sa) {
-        entry.live.counters.selector.add(1);
+fn refuse_selector(
+    shared: &mut Shared,
+    snapshot: &Snapshot,
+    job: &EspJob,
+    inner: Option<&Parsed>,
+    reason: DropReason,
+) {
+    let Some(entry) = snapshot.sa(job.sa) else {
+        return;
+    };
+    entry.live.counters.selector.add(1);
+    if let Some(p) = inner {
+        shared.audit(reason, &job.frame, p, Some(sealed_as(entry, job)));
     }
+}
+
+/// Reports a packet that did not become an inner one. Its outer header still stands as it came.
+#[cold]
+fn report_unopened(shared: &mut Shared, job: &EspJob, reason: DropReason) {
+    if reason == DropReason::WindowEdge {
+        shared.reports.edge(shared.now, job.sa);
+    }
+    if let Ok(p) = wire::parse_ip(job.frame.data(), shared.natt) {
+        shared.audit(reason, &job.frame, &p, None);
+    }
+}
+
+/// SPI and low half of the sequence number that an inner packet came under.
+#[allow(clippy::cast_possible_truncation, reason = "the low half")]
+fn sealed_as(entry: &SaEntry, job: &EspJob) -> (u32, u32) {
+    (entry.fixed.spi, job.seq as u32)
 }
 
 /// What *post* needs to know of the outer packet, as a job's tag.

@@ -8,12 +8,14 @@ mod idle;
 mod inbound;
 mod lane;
 mod outbound;
+mod reports;
 mod setup;
 mod stages;
 mod thread;
 
 pub use handover::{Handed, Handover, Task, Waker};
 pub use idle::{Backoff, Idle, IdlePolicy};
+pub(crate) use reports::RING as REPORTS;
 pub use setup::{Locals, PipelineConfig, PolicyHits, PortSetup, Side, WorkerParts};
 pub use stages::{Stage, StageTicks};
 pub use thread::{Crew, Worker, gateway_now};

@@ -205,7 +205,10 @@ impl Outbound {
                     }
                 }
                 Action::Discard => shared.drop(frame, DropReason::PolicyDiscard),
-                Action::FragmentPolicy => shared.drop(frame, DropReason::FragmentPolicy),
+                Action::FragmentPolicy => {
+                    shared.audit(DropReason::FragmentPolicy, &frame, &info.p, None);
+                    shared.drop(frame, DropReason::FragmentPolicy);
+                }
             }
         }
         packets.clear();
@@ -337,6 +340,7 @@ impl Outbound {
         let seq = match entry.next_out(u64::from(p.l3_len), shared.now) {
             Ok(seq) => seq,
             Err(reason) => {
+                shared.audit(reason, &frame, p, Some((entry.fixed.spi, 0)));
                 shared.drop(frame, reason);
                 return;
             }

@@ -7,8 +7,10 @@ use hashbrown::HashSet;
 use pmd::engine::EspEngine;
 use pmd::port::MacAddr;
 use pmd::{Pool, PortQueue};
+use rtrb::Producer;
 use sa_store::counters::Counter;
 use sa_store::ledger::WorkerCounters;
+use sa_store::report::Report;
 use sa_store::runtime::mapped;
 use sa_store::sa::Vrf;
 use sa_store::snapshot::Reader;
@@ -118,6 +120,8 @@ pub struct WorkerParts {
     pub counters: Arc<WorkerCounters>,
     /// Hits per policy number: outbound, inbound. Fixed length; larger numbers share the last place.
     pub policy_hits: Arc<PolicyHits>,
+    /// What control is told beside counters.
+    pub reports: Producer<Report>,
     /// Settings.
     pub config: Arc<PipelineConfig>,
 }

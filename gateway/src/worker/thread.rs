@@ -15,6 +15,7 @@ use super::core::{Core, Shared};
 use super::egress::Ports;
 use super::handover::Waker;
 use super::idle::{Backoff, Idle};
+use super::reports::Reports;
 use super::setup::WorkerParts;
 use super::stages::{Stage, StageClock, StageTicks};
 use crate::esp::iv::CbcIvGen;
@@ -49,6 +50,7 @@ impl Worker {
             handover,
             counters,
             policy_hits,
+            reports,
             config,
         } = parts;
         let backoff = Backoff::new(config.idle);
@@ -63,6 +65,7 @@ impl Worker {
             handover,
             engine,
             stages: StageClock::new(&clock),
+            reports: Reports::new(reports),
             now: 0,
         };
         Self {

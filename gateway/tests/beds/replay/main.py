@@ -9,6 +9,7 @@ The ESP packets are made here, with keys that the gateway shares.
 
 import argparse
 import random
+import re
 import secrets
 import shutil
 import socket
@@ -245,6 +246,9 @@ def kill(world, program, seed, forget):
     host.stop()
     if host.twice:
         raise Failed(f"seed {seed}: {host.twice} packets were accepted twice")
+    log = (world.dir / "kill.log").read_text()
+    if not re.search(r"audit: reason=replay_\w+ spi=0x0000200\d seq=\d+ src=192.0.2.2 dst=192.0.2.1 proto=50", log):
+        raise Failed("replays are not in the audit log")
     if sum(gains) < len(wire.sent) // 8:
         raise Failed(f"of {len(wire.sent)} packets only {sum(gains)} were ever accepted")
     return (
