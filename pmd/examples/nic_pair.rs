@@ -2,7 +2,7 @@
 //! [--frames N] [--flap] [--no-reset]`. `gateway/tests/beds/nics/run` runs it in QEMU.
 //!
 //! Both are bound to vfio-pci. Frames of 60 bytes up to the MTU, filled with a pattern, pass both ways and are compared byte by
-//! byte; interrupts, filters, resets under load and (with `--flap`, prompted on standard output) link changes are tried. At
+//! byte; interrupts, filters, resets under load and (with `--flap`, asked for on standard output) link changes are tried. At
 //! the end all frames must be back. The first failure ends the program with status 1.
 
 use std::error::Error;
@@ -256,11 +256,12 @@ impl Bed {
         Ok(())
     }
 
-    /// The operator (or a script) pulls the cable and plugs it in again.
+    /// The cable is pulled and plugged in again: by `guest.py`, as the line asks QEMU's monitor, or by hand.
     fn flaps(&mut self) -> Outcome {
         for _ in 0..3 {
             for up in [false, true] {
-                println!("nic_pair: link {}", if up { "up" } else { "down" });
+                let state = if up { "on" } else { "off" };
+                println!("BED: monitor set_link dev2 {state}");
                 std::io::stdout().flush()?;
                 let start = Instant::now();
                 while self.b.control.link().up != up {

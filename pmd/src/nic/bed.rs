@@ -370,16 +370,18 @@ fn a_cable_out_and_in_is_seen_and_traffic_goes_on() {
     let mut bed = Bed::open(1, 1500);
     exchange(&mut bed, &[60, 1514], 1000);
     for _ in 0..3 {
-        say("BED: cable out");
+        set_link("off");
         bed.wait("link down", |b| !b.ends[0].control.link().up);
-        say("BED: cable in");
+        set_link("on");
         bed.wait("link up", |b| b.ends.iter().all(|e| e.control.link().up));
         exchange(&mut bed, &[60, 1514], 1000);
     }
     bed.close();
 }
 
-fn say(what: &str) {
-    println!("{what}");
+/// Asks `guest.py` to pull or plug the cables: at the NICs, their ends of the hub stay up.
+fn set_link(state: &str) {
+    println!("\nBED: monitor set_link dev1 {state}");
+    println!("BED: monitor set_link dev2 {state}");
     std::io::stdout().flush().unwrap();
 }

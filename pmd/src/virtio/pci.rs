@@ -63,7 +63,8 @@ pub(super) struct Transport {
 /// How to tell the device of a queue.
 #[derive(Clone)]
 pub(super) struct Bell {
-    register: Mmio,
+    registers: Mmio,
+    offset: usize,
     queue: u16,
     with_position: bool,
 }
@@ -74,10 +75,10 @@ impl Bell {
     pub(super) fn ring(&self, ring: &DriverRing) {
         if self.with_position {
             let position = u32::from(ring.notification_position());
-            self.register
-                .write32(0, u32::from(self.queue) | position << 16);
+            self.registers
+                .write32(self.offset, u32::from(self.queue) | position << 16);
         } else {
-            self.register.write16(0, self.queue);
+            self.registers.write16(self.offset, self.queue);
         }
     }
 }
@@ -256,9 +257,14 @@ impl Transport {
             u64::from(self.common.read16(QUEUE_NOTIFY_OFF)) * u64::from(self.notify_multiplier);
         let with_position = features & feature::NOTIFICATION_DATA != 0;
         let len = if with_position { 4 } else { 2 };
-        let place = usize::try_from(place).unwrap_or(usize::MAX);
+        let offset = usize::try_from(place).unwrap_or(usize::MAX);
+        let size = self.notify.len();
+        if offset.checked_add(len).is_none_or(|end| end > size) || !offset.is_multiple_of(len) {
+            return Err(DeviceError::Window { offset, len, size });
+        }
         Ok(Bell {
-            register: self.notify.window(place, len)?,
+            registers: self.notify.clone(),
+            offset,
             queue,
             with_position,
         })
