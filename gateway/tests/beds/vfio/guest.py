@@ -19,8 +19,8 @@
     --qemu 7|10       QEMU of Debian 12 with Linux 6.1, or of its backports with Linux 6.12 (default; igb needs it)
     --shell           what to run is a shell on the console
 
-What the guest prints as "BED: monitor COMMAND" at the start of a line is given to QEMU's monitor: set_link vn1 off (the
-first NIC's cable), device_del dev1.
+What the guest prints as "BED: monitor COMMAND" at the end of a line is given to QEMU's monitor: set_link dev1 off (the first
+NIC loses its link), set_link vn1 off (its cable is cut, which some models do not see), device_del dev1.
 
 Unit tests of a driver that need a device look like this, and run with `guest.py --nic igb --unit-tests pmd nic::igb`:
 
@@ -336,7 +336,7 @@ def boot(options, output=sys.stdout):
                     print(line, file=output, flush=True)
                 if found := re.search(r"BED: exit (\d+)", line):
                     status = int(found[1])
-                if found := re.match(r"BED: monitor (.*)", line):
+                if found := re.search(r"BED: monitor (.*)", line):
                     monitor.sendall(found[1].encode() + b"\n")
             guest.wait()
         finally:

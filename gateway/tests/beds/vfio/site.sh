@@ -1,19 +1,23 @@
-# Runs in the guest (busybox sh), beside the gateway: $1 is the gateway, $2 echo requests for each family in the load, $3 the MTU.
+# Runs in the guest (busybox sh), beside the gateway: $1 is the gateway, $2 packets to cross it in the load, $3 the MTU.
 #
 #   netns lan, eth0 ──hub 1── NIC 0 [gateway] NIC 1 ──hub 2── eth1, netns peer: the kernel's own ESP
 #
 # Everything that crosses the gateway is ESP on hub 2, IPv4 in IPv4 and IPv6 in IPv6. Every check that fails ends the script
 # with the line "FAILED: …" and status 1. Lines "BED: monitor …" are commands for QEMU, which the host side carries out.
-esplanade=$1 echoes=$2 mtu=$3
+esplanade=$1 packets=$2 mtu=$3
 lan_nic=${VFIO_DEVICES% *} wan_nic=${VFIO_DEVICES#* }
 ip=/usr/bin/ip ping=/usr/bin/ping
-failed() { echo "FAILED: $*"; tail -n 15 /tmp/gateway.log; exit 1; }
+failed() { echo "FAILED: $*"; tail -n 15 /tmp/gateway.log; dmesg | grep -i "DMAR.*fault\|vfio" | tail -n 5; exit 1; }
 ns() { n=$1; shift; $ip netns exec $n "$@"; }
 mac() { echo 52:54:00:00:$1; }
 
 # --- The site -----------------------------------------------------------------------------------------------
 setup() {
-    mkdir -p /run/netns /tmp/site /tmp/site/leases.d
+    mkdir -p /run/netns /tmp/site
+    # Room for all the jumbo replies of a flood, before ping has read them.
+    for f in rmem_default rmem_max; do echo 8388608 > /proc/sys/net/core/$f; done
+    # The kernel may still be looking at its NICs.
+    until_true 10 [ -e /sys/class/net/eth0 -a -e /sys/class/net/eth1 ] || failed "the kernel has not found its NICs"
     for n in lan peer; do $ip netns add $n; ns $n $ip link set lo up; done
     $ip link set eth0 netns lan; $ip link set eth1 netns peer
     # The outer headers need room: the LAN's MTU is the path's.
@@ -29,14 +33,13 @@ setup() {
     ns peer $ip route add 10.1.0.0/24 via 192.0.2.1; ns peer $ip -6 route add fd01::/64 via fd00::1
     for a in 10.1.0.1 fd01::1; do ns lan $ip neigh add $a lladdr $(mac 01:01) dev eth0; done
     for a in 192.0.2.1 fd00::1; do ns peer $ip neigh add $a lladdr $(mac 01:02) dev eth1; done
-    tunnel four 192.0.2.1 192.0.2.2 10.1.0.0/24 10.2.0.0/16 4
-    tunnel six fd00::1 fd00::2 fd01::/64 fd02::/64 6
+    keys 1
     cat > /tmp/site/gateway.toml <<END
 sa_files = ["sa.toml"]
 [workers]
 cpus = [0]
 [memory]
-frames = 8192
+frames = $frames
 stride = $([ $mtu -gt 1500 ] && echo 10240 || echo 2048)
 [[port]]
 name = "lan"
@@ -44,14 +47,14 @@ kind = "vfio"
 side = "inside"
 mtu = $mtu
 addresses = ["10.1.0.1/24", "fd01::1/64"]
-vfio = { device = "$lan_nic", rx_ring = 512, tx_ring = 512 }
+vfio = { device = "$lan_nic", rx_ring = 512, tx_ring = 512$vfio_options }
 [[port]]
 name = "wan"
 kind = "vfio"
 side = "outside"
 mtu = $mtu
 addresses = ["192.0.2.1/24", "fd00::1/64"]
-vfio = { device = "$wan_nic", rx_ring = 512, tx_ring = 512 }
+vfio = { device = "$wan_nic", rx_ring = 512, tx_ring = 512$vfio_options }
 [[route]]
 to = "10.2.0.0/16"
 via = "192.0.2.2"
@@ -87,48 +90,57 @@ enabled = false
 END
 }
 
-# name, our address, the peer's, our network, the peer's, a digit for the SPIs
+# SAs of generation $1, a digit, in place of all before. After a crash the gateway refuses what its peer could have sent till
+# then (ARCHITECTURE.md, leases): new keys are how a tunnel goes on at once.
+keys() {
+    rm -f /tmp/site/sa.toml
+    ns peer $ip xfrm state flush; ns peer $ip xfrm policy flush
+    tunnel $1 four 192.0.2.1 192.0.2.2 10.1.0.0/24 10.2.0.0/16 4
+    tunnel $1 six fd00::1 fd00::2 fd01::/64 fd02::/64 6
+}
+
+# generation, name, our address, the peer's, our network, the peer's, a digit for the SPIs
 tunnel() {
     out=$(hexdump -n 20 -v -e '/1 "%02x"' /dev/urandom) in=$(hexdump -n 20 -v -e '/1 "%02x"' /dev/urandom)
     (umask 077; cat >> /tmp/site/sa.toml <<END
 [[tunnel]]
-name = "$1"
-local = "$2"
-remote = "$3"
+name = "$2"
+local = "$3"
+remote = "$4"
 suite = "aes-128-gcm-16"
 [[tunnel.sa]]
 direction = "out"
-spi = 0x100$6
+spi = 0x1$1$7
 key = "$out"
 first_use = true
 [[tunnel.sa]]
 direction = "in"
-spi = 0x200$6
+spi = 0x2$1$7
 key = "$in"
 first_use = true
 [[policy]]
-name = "$1-out"
+name = "$2-out"
 direction = "out"
 priority = 1
 action = "protect"
-tunnel = "$1"
-src = "$4"
-dst = "$5"
+tunnel = "$2"
+src = "$5"
+dst = "$6"
 [[policy]]
-name = "$1-in"
+name = "$2-in"
 direction = "in"
 priority = 1
 action = "protect"
-tunnel = "$1"
-src = "$5"
-dst = "$4"
+tunnel = "$2"
+src = "$6"
+dst = "$5"
 END
 )
     suite="mode tunnel flag af-unspec replay-window 128 aead rfc4106(gcm(aes))"
-    ns peer $ip xfrm state add src $2 dst $3 proto esp spi 0x100$6 $suite 0x$out 128 || failed "kernel SA"
-    ns peer $ip xfrm state add src $3 dst $2 proto esp spi 0x200$6 $suite 0x$in 128 || failed "kernel SA"
-    ns peer $ip xfrm policy add src $4 dst $5 dir in tmpl src $2 dst $3 proto esp mode tunnel
-    ns peer $ip xfrm policy add src $5 dst $4 dir out tmpl src $3 dst $2 proto esp mode tunnel
+    ns peer $ip xfrm state add src $3 dst $4 proto esp spi 0x1$1$7 $suite 0x$out 128 || failed "kernel SA"
+    ns peer $ip xfrm state add src $4 dst $3 proto esp spi 0x2$1$7 $suite 0x$in 128 || failed "kernel SA"
+    ns peer $ip xfrm policy add src $5 dst $6 dir in tmpl src $3 dst $4 proto esp mode tunnel
+    ns peer $ip xfrm policy add src $6 dst $5 dir out tmpl src $4 dst $3 proto esp mode tunnel
 }
 
 # --- The gateway --------------------------------------------------------------------------------------------
@@ -142,6 +154,13 @@ start() {
     done
     failed "the gateway is not ready"
 }
+
+# seconds, command: waits until it succeeds.
+until_true() {
+    for _ in $(seq $(($1 * 10))); do ( shift; "$@" ) && return; usleep 100000; done
+    return 1
+}
+logged() { grep -qE "$1" /tmp/gateway.log; }
 
 # In order; it fails when a frame is missing or the account does not balance.
 stop() {
@@ -159,20 +178,37 @@ reach() {
     failed "no answer through the tunnels: $1"
 }
 
-# Both families at once, in floods: no reply may be missing.
+# Echo requests of $1 bytes, $2 for each family, both at once with $3 on their way. What is missing, the account shows.
 flood() {
-    size=$1 n=$2
-    ns lan $ping -f -q -c $n -s $size 10.2.0.1 > /tmp/four & a=$!
-    ns lan $ping -f -q -c $n -s $size fd02::1 > /tmp/six & b=$!
+    size=$1 n=$2 window=$3
+    ns lan $ping -f -q -l $window -c $n -s $size 10.2.0.1 > /tmp/four & a=$!
+    ns lan $ping -f -q -l $window -c $n -s $size fd02::1 > /tmp/six & b=$!
     wait $a; wait $b
     for f in four six; do
-        grep -q " $n received" /tmp/$f || failed "$f, $size bytes: $(grep received /tmp/$f)"
-        echo "  $f, $size bytes: $(grep received /tmp/$f | tr -d '\n'); $(grep rtt /tmp/$f)"
+        echo "  $f, $size bytes: $(grep received /tmp/$f | tr -d '\n')"
     done
+}
+# Load that lasts until `quiet`.
+load() {
+    ns lan $ping -f -q -l 16 -s 512 10.2.0.1 > /tmp/load4 & load4=$!
+    ns lan $ping -f -q -l 16 -s 512 fd02::1 > /tmp/load6 & load6=$!
+    sleep 1
+}
+quiet() { kill -INT $load4 $load6 2>/dev/null; wait $load4 $load6; }
+
+# All counters of now, for the account that the host side draws up between two marks.
+mark() {
+    sleep 1
+    echo "MARK $1 gateway $($esplanade stats --json --socket /tmp/api.sock | tr -d ' \n')"
+    echo "MARK $1 lan $(ns lan $ip -s -j link show eth0)"
+    echo "MARK $1 peer $(ns peer $ip -s -j link show eth1)"
+    ns peer $ip -s xfrm state list nokeys > /tmp/xfrm
+    awk -v at="$1" '/spi 0x/ { spi = $4; sub(/\(.*/, "", spi) } / packets?\(s\)|\(packets\)/ && /^\t  [0-9]/ { split($2, n, "("); count = n[1] }
+        /replay-window .* failed/ && spi != "" && /^\t  / { print "MARK " at " sa " spi " " count " " $2 " " $4 " " $6; spi = "" }' /tmp/xfrm
+    uptime=$(cut -d' ' -f1 /proc/uptime); echo "MARK $1 time $uptime"
 }
 
 cpu() { set -- $(cat /proc/$gateway/stat); echo $(($14 + $15)); }
 command_register() { hexdump -s 4 -n 2 -e '/2 "%u"' /sys/bus/pci/devices/$1/config; }
 bus_master() { [ $(($(command_register $1) & 4)) -ne 0 ]; }
 faults() { dmesg | grep -c "DMAR:.*fault addr"; }
-packets() { $esplanade stats --json --socket /tmp/api.sock | tr -d ' \n' | grep -o "\"$1\":[0-9]*" | head -1; }
