@@ -34,6 +34,12 @@ pub struct KnobArgs {
     /// Results with an error that did not happen, in parts per million
     #[arg(long, default_value_t = 0)]
     pub spurious: u32,
+    /// Descriptors of results with a wrong bit, in parts per million
+    #[arg(long, default_value_t = 0)]
+    pub garble: u32,
+    /// Descriptors of results that become visible in pieces, in parts per million
+    #[arg(long, default_value_t = 0)]
+    pub tear: u32,
     /// Jobs after which the engine stands still until it is reset; 0 for never
     #[arg(long, default_value_t = 0)]
     pub hang: u64,
@@ -63,6 +69,10 @@ pub struct Knobs {
     pub reorder: AtomicU32,
     /// Results with an error that did not happen.
     pub spurious: AtomicU32,
+    /// Descriptors of results with a wrong bit.
+    pub garble: AtomicU32,
+    /// Descriptors of results that become visible in pieces.
+    pub tear: AtomicU32,
     /// Jobs after which the engine stands still until it is reset; 0 for never.
     pub hang: AtomicU64,
     /// State of the random numbers.
@@ -82,6 +92,10 @@ pub struct Mischief {
     pub reorder: bool,
     /// Its status tells of an error that did not happen.
     pub spurious: bool,
+    /// A bit of its result descriptor is wrong.
+    pub garble: bool,
+    /// Its result descriptor becomes visible in pieces.
+    pub tear: bool,
     /// Its completion comes so much later.
     pub delay: Duration,
 }
@@ -99,6 +113,8 @@ impl Knobs {
             corrupt: args.corrupt.into(),
             reorder: args.reorder.into(),
             spurious: args.spurious.into(),
+            garble: args.garble.into(),
+            tear: args.tear.into(),
             hang: args.hang.into(),
             random: args.seed.into(),
         })
@@ -117,6 +133,8 @@ impl Knobs {
             corrupt: hit(&self.corrupt),
             reorder: hit(&self.reorder),
             spurious: hit(&self.spurious),
+            garble: hit(&self.garble),
+            tear: hit(&self.tear),
             delay: if hit(&self.delay) {
                 late
             } else {

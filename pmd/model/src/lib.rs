@@ -10,6 +10,7 @@
 #![deny(unsafe_code)]
 
 mod bus;
+pub mod eip93;
 mod knobs;
 mod log;
 mod protocol;
