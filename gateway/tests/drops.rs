@@ -503,15 +503,18 @@ impl EspEngine for Full {
     }
 }
 
-const CAPS: Capabilities = Capabilities {
-    name: "test",
-    in_flight: 1,
-    synchronous: true,
-};
+fn caps() -> Capabilities {
+    Capabilities {
+        name: "test",
+        in_flight: 1,
+        synchronous: true,
+        ..Capabilities::default()
+    }
+}
 
 fn engines() {
     let broken =
-        |c: &mut gateway::app::AssemblyConfig, _: bool| c.engine = || Box::new(Broken(CAPS));
+        |c: &mut gateway::app::AssemblyConfig, _: bool| c.engine = || Box::new(Broken(caps()));
     let mut b = bed(&Plan {
         config: Box::new(broken),
         suite: GCM,
@@ -520,7 +523,7 @@ fn engines() {
     b.send_left(&[packet()]);
     b.settle();
     expect(&b, true, &[(EngineError, 1)]);
-    let full = |c: &mut gateway::app::AssemblyConfig, _: bool| c.engine = || Box::new(Full(CAPS));
+    let full = |c: &mut gateway::app::AssemblyConfig, _: bool| c.engine = || Box::new(Full(caps()));
     let mut b = bed(&Plan {
         config: Box::new(full),
         ..Plan::default()

@@ -7,10 +7,28 @@
 //! - Jobs of one SA come back in the order of their submission.
 //! - A completion may hold another frame than was submitted (some engines write elsewhere).
 //! - Back-pressure is visible: what an engine does not take stays in the caller's vector, in order.
+//!
+//! An SA is carried in one of two modes, fixed when it is installed ([`OffloadMode`](sa_store::sa::OffloadMode)). In **crypto**
+//! mode the caller frames, numbers and makes the IV. In **packet** mode the engine does: the caller gives, and gets back, what
+//! lies inside. Where the engine leaves the outer headers to the caller ([`Capabilities::outer_headers`] is false), a job of
+//! packet mode is laid out so:
+//!
+//! ```text
+//!   | outer headers | ESP header | IV | payload | room for padding, trailer, ICV
+//!                   esp_off                     esp_end when given to seal, and when opened
+//! ```
+//!
+//! Sealed, `esp_end` is the end of the ICV and `seq` the number that the engine took. Opened, `next_header` is what the trailer
+//! said.
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use sa_store::counters::Counter;
 use sa_store::runtime::SaEntry;
 use sa_store::sa::SaId;
 use sa_store::snapshot::Snapshot;
+use sa_store::suite::Suite;
 
 use crate::frame::Frame;
 
@@ -27,6 +45,12 @@ pub enum JobStatus {
     SaGone,
     /// The engine failed or lost the packet.
     Failed,
+    /// Inbound, packet mode: the number was seen before, or is left of the window.
+    Replayed,
+    /// The packet is not what the SA carries: lengths, padding, SPI.
+    Malformed,
+    /// Outbound, packet mode: no number is left, or a limit keeps the packet from being numbered.
+    LimitReached,
 }
 
 /// Which way a job goes.
@@ -55,6 +79,8 @@ pub struct EspJob {
     pub esp_off: u16,
     /// End of the ESP packet (behind the ICV) in the frame, bytes.
     pub esp_end: u16,
+    /// Packet mode: the next header, given to seal and found when opened.
+    pub next_header: u8,
     /// Direction.
     pub kind: JobKind,
     /// Out: what became of it.
@@ -62,7 +88,7 @@ pub struct EspJob {
 }
 
 /// What an engine can do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Capabilities {
     /// Name for logs and metrics.
     pub name: &'static str,
@@ -70,6 +96,67 @@ pub struct Capabilities {
     pub in_flight: usize,
     /// Jobs complete within `submit`, so that no deadline applies.
     pub synchronous: bool,
+    /// Suites that it ciphers for packets framed by the caller.
+    pub crypto: Vec<Suite>,
+    /// Suites that it carries in packet mode.
+    pub packet: Vec<Suite>,
+    /// Packet mode: the engine makes and takes off the outer headers too.
+    pub outer_headers: bool,
+    /// 64-bit sequence numbers, in either mode.
+    pub esn: bool,
+    /// UDP encapsulation.
+    pub nat_t: bool,
+    /// Widest replay window of packet mode, packets.
+    pub window: u32,
+    /// SAs at once.
+    pub slots: usize,
+    /// Longest ESP packet, bytes.
+    pub longest: usize,
+    /// What the address of an ESP header is best a multiple of, bytes. Others cost a move of the packet.
+    pub alignment: usize,
+    /// Bits of the addresses that it can reach.
+    pub address_bits: u32,
+    /// Jobs that one doorbell can announce.
+    pub run: usize,
+}
+
+/// What an engine counts; written by its owner.
+#[derive(Debug, Default)]
+pub struct EngineStats {
+    /// Jobs given to the engine.
+    pub submitted: Counter,
+    /// Jobs that came back, whatever the result.
+    pub completed: Counter,
+    /// Bytes of ESP given to the engine.
+    pub bytes: Counter,
+    /// Doorbells rung.
+    pub doorbells: Counter,
+    /// Jobs not taken because the engine was full.
+    pub busy: Counter,
+    /// Packets that had to be moved to be aligned.
+    pub moved: Counter,
+    /// Wrong ICVs.
+    pub icv_failed: Counter,
+    /// Replays that the engine found.
+    pub replays: Counter,
+    /// Packets that the engine refused for their form.
+    pub malformed: Counter,
+    /// Jobs without a completion in time.
+    pub lost: Counter,
+    /// Results that cannot be right: the engine, or the way to it, is broken.
+    pub wrong: Counter,
+    /// Resets.
+    pub resets: Counter,
+}
+
+/// Why an engine could not be brought back.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("engine {engine} is dead: {reason}")]
+pub struct EngineDead {
+    /// Engine.
+    pub engine: &'static str,
+    /// What failed.
+    pub reason: String,
 }
 
 /// Why an engine does not take an SA.
@@ -118,4 +205,45 @@ pub trait EspEngine: Send {
 
     /// Jobs taken and not yet given back.
     fn in_flight(&self) -> usize;
+
+    /// Whether the engine takes jobs. One that does not gives them back as failed until it has been [`reset`](Self::reset).
+    fn is_healthy(&self) -> bool {
+        true
+    }
+
+    /// Waits up to `patience` for everything in flight; true when nothing is left. Blocks: not for the poll loop.
+    fn drain(&mut self, patience: Duration, done: &mut Vec<EspJob>) -> bool {
+        let begin = std::time::Instant::now();
+        loop {
+            self.poll(done);
+            if self.in_flight() == 0 {
+                return true;
+            }
+            if begin.elapsed() > patience {
+                return false;
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    /// Stops the engine, gives everything in flight back as failed, proves that the engine is idle and starts it anew. SAs of
+    /// crypto mode stay installed; those of packet mode whose numbers the engine kept are gone and need a rekey.
+    ///
+    /// # Errors
+    /// When the engine does not come back. Frames that it may still write to are kept from everybody.
+    fn reset(&mut self, done: &mut Vec<EspJob>) -> Result<(), EngineDead> {
+        self.drain(Duration::ZERO, done);
+        Ok(())
+    }
+
+    /// Packet mode: the last number that the engine used or accepted for the SA, as far as completions tell.
+    fn reached(&self, sa: SaId) -> Option<u64> {
+        let _ = sa;
+        None
+    }
+
+    /// Its counters, where it keeps some.
+    fn stats(&self) -> Option<&Arc<EngineStats>> {
+        None
+    }
 }

@@ -6,6 +6,7 @@ use sa_store::cipher::CipherJob;
 use sa_store::runtime::SaEntry;
 use sa_store::sa::SaId;
 use sa_store::snapshot::Snapshot;
+use sa_store::suite::Suite;
 
 /// Jobs given to a provider in one call.
 const RUN: usize = 64;
@@ -23,6 +24,15 @@ impl Default for SoftwareEngine {
                 name: "software",
                 in_flight: usize::MAX,
                 synchronous: true,
+                crypto: Suite::all(),
+                esn: true,
+                nat_t: true,
+                slots: usize::MAX,
+                longest: usize::from(u16::MAX),
+                alignment: 1,
+                address_bits: usize::BITS,
+                run: usize::MAX,
+                ..Capabilities::default()
             },
         }
     }

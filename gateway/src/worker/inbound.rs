@@ -164,6 +164,7 @@ impl Inbound {
                         note: 0,
                         esp_off: pre.esp_off,
                         esp_end: info.p.l3_len,
+                        next_header: 0,
                         kind: JobKind::Open,
                         status: JobStatus::Pending,
                     });
@@ -528,7 +529,7 @@ fn open(
             return Err(DropReason::IcvMismatch);
         }
         JobStatus::SaGone => return Err(DropReason::SaDisabled),
-        JobStatus::Pending | JobStatus::Failed => {
+        _ => {
             live.counters.engine.add(1);
             return Err(DropReason::EngineError);
         }

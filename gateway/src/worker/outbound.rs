@@ -361,6 +361,7 @@ impl Outbound {
             note: note(plan, mtu),
             esp_off: 0,
             esp_end: 0,
+            next_header: 0,
             kind: JobKind::Seal,
             status: JobStatus::Pending,
         });
@@ -425,6 +426,7 @@ impl Outbound {
                 tag: hop.to_tag(),
                 note: note(plan, plan.outer_mtu(shared.ports.mtu(hop))),
                 esp_off: ok.esp_off,
+                next_header: 0,
                 kind: JobKind::Seal,
                 status: JobStatus::Pending,
             }),
