@@ -13,7 +13,7 @@ use vfio_user::{
 };
 
 use super::*;
-use crate::arena::{ArenaConfig, memfd};
+use crate::arena::{ArenaConfig, HugePolicy, memfd};
 use crate::pool::Pool;
 
 /// What the server was given: address, place in the file, size, file.
@@ -190,8 +190,10 @@ fn a_foreign_server_moves_bytes_of_our_memory() {
     let device = &rig.device;
     let pci = device.pci().unwrap();
     assert_eq!((pci.vendor, pci.device), (0x1234, 0x5678));
+    // The server uses write(2), which huge pages do not have.
     let arena = Arena::new(ArenaConfig {
         frames: 64,
+        huge: HugePolicy::Never,
         ..ArenaConfig::default()
     })
     .unwrap();
