@@ -92,7 +92,7 @@ pub fn with_huge_heap() {
 }
 
 /// CPUs that the process was started on, whatever its threads are pinned to since.
-fn allowed() -> &'static [usize] {
+pub fn allowed() -> &'static [usize] {
     static ALLOWED: OnceLock<Vec<usize>> = OnceLock::new();
     ALLOWED.get_or_init(|| {
         let set = sched_getaffinity(Pid::from_raw(0)).unwrap_or_default();

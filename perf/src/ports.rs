@@ -16,6 +16,7 @@ use serde::Serialize;
 use crate::clock::{Rates, median};
 use crate::measure::Effort;
 
+mod handover;
 mod wires;
 
 /// IP packet sizes measured, in bytes.
@@ -62,7 +63,7 @@ struct Subject {
     wire: Box<dyn Wire>,
 }
 
-/// Measures every kind of port that this machine can run; what it cannot is said on standard error.
+/// Measures every kind of port that this machine can run, and the hand-over to another worker; what it cannot is said on standard error.
 ///
 /// # Errors
 /// When a port loses frames, or no frame arrives at all.
@@ -89,6 +90,7 @@ pub fn measure(clock: &Clock, rates: &Rates, effort: &Effort) -> Result<Vec<Port
             )?);
         }
     }
+    costs.extend(handover::measure(arena, clock, rates, effort, SIZES[0])?);
     // Ports of the kernel live in a network namespace, which goes with its thread.
     let kernel = std::thread::scope(|scope| {
         scope

@@ -12,6 +12,7 @@ use pmd::nic::{self, NicOptions};
 use pmd::pcap::{PcapConfig, PcapPort, Repeat};
 use pmd::port::MacAddr;
 use pmd::tap::{TapConfig, TapPort};
+use pmd::virtio::net::model as virtio;
 use pmd::vmxnet3::model::Model;
 use pmd::vmxnet3::{Vmxnet3Config, Vmxnet3Port};
 use pmd::{Arena, Frame, Pool, Port, PortQueue};
@@ -23,6 +24,12 @@ type Make = fn(&Arc<Arena>, usize) -> Result<Subject>;
 /// Ports that need nothing of the system.
 pub(super) const IN_PROCESS: &[(&str, Make)] = &[
     ("memory", memory),
+    ("virtio-net split", |arena, size| {
+        virtio_net("virtio-net split", false, arena, size)
+    }),
+    ("virtio-net packed", |arena, size| {
+        virtio_net("virtio-net packed", true, arena, size)
+    }),
     ("vmxnet3", vmxnet3),
     ("e1000e", |arena, size| {
         intel("e1000e", Family::E1000e, arena, size)
@@ -52,6 +59,28 @@ fn memory(arena: &Arc<Arena>, size: usize) -> Result<Subject> {
         other_side: "memory",
         queue: first(Box::new(a), arena)?,
         wire: PortWire::over(Box::new(b), arena, size)?,
+    })
+}
+
+fn virtio_net(
+    name: &'static str,
+    packed: bool,
+    arena: &Arc<Arena>,
+    size: usize,
+) -> Result<Subject> {
+    let model = virtio::Model::new(virtio::Features {
+        packed,
+        ..virtio::Features::default()
+    });
+    let port = nic::open(Arc::new(model.device(8)?), &NicOptions::default())?;
+    Ok(Subject {
+        port: name,
+        other_side: "model",
+        queue: first(port, arena)?,
+        wire: Box::new(VirtioWire {
+            model,
+            frame: packet(size),
+        }),
     })
 }
 
@@ -225,6 +254,24 @@ impl Wire for Vmxnet3Wire {
     }
 }
 
+struct VirtioWire {
+    model: Arc<virtio::Model>,
+    frame: Vec<u8>,
+}
+
+impl Wire for VirtioWire {
+    fn give(&mut self, n: usize) -> Result<()> {
+        for _ in 0..n {
+            self.model.receive(0, &self.frame);
+        }
+        Ok(())
+    }
+
+    fn take(&mut self) -> usize {
+        self.model.transmit(0, usize::MAX).len()
+    }
+}
+
 struct IntelWire {
     model: Arc<intel::model::Model>,
     frame: Vec<u8>,
@@ -283,7 +330,7 @@ fn first(port: Box<dyn Port>, arena: &Arc<Arena>) -> Result<Box<dyn PortQueue>> 
     queues.pop().context("a port without queues")
 }
 
-fn make(pool: &mut Pool, bytes: &[u8], n: usize) -> Result<Vec<Frame>> {
+pub(super) fn make(pool: &mut Pool, bytes: &[u8], n: usize) -> Result<Vec<Frame>> {
     let mut frames = Vec::with_capacity(n);
     for _ in 0..n {
         let Some(mut frame) = pool.get() else { break };
@@ -298,7 +345,7 @@ fn make(pool: &mut Pool, bytes: &[u8], n: usize) -> Result<Vec<Frame>> {
 }
 
 /// An Ethernet frame with an IPv4 packet of `size` bytes for [`MAC`].
-fn packet(size: usize) -> Vec<u8> {
+pub(super) fn packet(size: usize) -> Vec<u8> {
     let mut frame = Vec::with_capacity(14 + size);
     frame.extend(MAC.0);
     frame.extend([0x02, 0, 0, 0, 0, 0x0a, 0x08, 0x00]);

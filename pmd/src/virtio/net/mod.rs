@@ -29,7 +29,10 @@ use crate::pool::Pool;
 use crate::port::{MacAddr, Port, PortError, PortInfo, PortQueue, check_queues};
 
 mod core;
+pub mod model;
 mod queue;
+#[cfg(test)]
+mod tests;
 
 use self::core::{Adapter, RingMemory};
 pub use queue::VirtioNetQueue;

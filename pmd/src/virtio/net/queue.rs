@@ -147,6 +147,8 @@ impl VirtioNetQueue {
         self.adapter.counts.ring_errors.fetch_add(1, Relaxed);
         tracing::warn!(pair = self.pair, error = %why, "the virtio device broke a rule");
         self.adapter.trip();
+        // Nothing is to be read from these rings or announced for them any more.
+        self.rings = None;
     }
 
     /// Gives the device empty frames to receive into.
