@@ -55,6 +55,22 @@ pub struct PortReport {
     pub mtu: u32,
     /// Counters by queue.
     pub queues: Vec<QueueCounters>,
+    /// What its device or vhost-user peer says; absent for ports without one, and for the further VLANs of a device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<DeviceReport>,
+}
+
+/// A port's device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceReport {
+    /// Whether frames can pass.
+    pub link_up: bool,
+    /// Speed of the link; 0 when the device does not say.
+    pub mbps: u32,
+    /// The device's own counters, by name.
+    pub statistics: Vec<(String, u64)>,
+    /// How often it broke a rule, by rule.
+    pub errors: Vec<(String, u64)>,
 }
 
 /// Which crypto provider serves a suite, and what it costs.

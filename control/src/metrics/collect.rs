@@ -114,6 +114,19 @@ fn port(p: &PortReport, f: &mut Families) {
             f.add(metric, &[&p.name, &queue], value);
         }
     }
+    let Some(device) = &p.device else { return };
+    f.add(&PORT_LINK, &[&p.name], u64::from(device.link_up));
+    if device.mbps > 0 {
+        f.add(&PORT_SPEED, &[&p.name], u64::from(device.mbps) * 1_000_000);
+    }
+    for (metric, counts) in [
+        (&PORT_DEVICE, &device.statistics),
+        (&PORT_FAULTS, &device.errors),
+    ] {
+        for (name, n) in counts {
+            f.add(metric, &[&p.name, name], *n);
+        }
+    }
 }
 
 fn errors(t: &Totals) -> [(&'static str, u64); 6] {

@@ -57,6 +57,10 @@ metrics! {
     PORT_TX: COUNTER "esplanade_port_transmit_frames_total" ["port", "queue"] "Frames sent.";
     PORT_TX_BYTES: COUNTER "esplanade_port_transmit_bytes_total" ["port", "queue"] "Bytes sent, Ethernet header included.";
     PORT_TX_ERRORS: COUNTER "esplanade_port_transmit_errors_total" ["port", "queue"] "Frames accepted for sending that could not be sent.";
+    PORT_LINK: GAUGE "esplanade_port_link_up" ["port"] "1 while frames can pass; only ports with a device or a vhost-user peer.";
+    PORT_SPEED: GAUGE "esplanade_port_link_bits_per_second" ["port"] "Speed of the link; absent when the device does not say.";
+    PORT_DEVICE: COUNTER "esplanade_port_device_events_total" ["port", "event"] "The device's own counters and its driver's: restarts, frames without a buffer, errors on the wire.";
+    PORT_FAULTS: COUNTER "esplanade_port_device_faults_total" ["port", "rule"] "How often the device or peer broke a rule; after most the driver starts it anew.";
 
     TUNNEL_UP: GAUGE "esplanade_tunnel_up" ["tunnel"] "1 while the tunnel has an outbound SA.";
     TUNNEL_PACKETS: COUNTER "esplanade_tunnel_packets_total" ["tunnel", "direction"] "Packets carried, over all rekeys.";

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use control::core::{Control, Parts};
 use control::plane::{
-    CaptureReport, CaptureRequest, DataPlane, PortReport, ProviderReport, QueueCounters, WorkerView,
+    CaptureReport, CaptureRequest, DataPlane, DeviceReport, PortReport, ProviderReport,
+    QueueCounters, WorkerView,
 };
 use sa_store::cipher::{CipherError, CipherFactory, CipherJob, SaCipher};
 use sa_store::file::Config;
@@ -93,6 +94,12 @@ impl DataPlane for Plane {
                 rx_packets: 3,
                 ..QueueCounters::default()
             }],
+            device: Some(DeviceReport {
+                link_up: true,
+                mbps: 10_000,
+                statistics: vec![("restarts".into(), 2)],
+                errors: vec![("queue_stopped".into(), 1)],
+            }),
         }]
     }
     fn providers(&self) -> Vec<ProviderReport> {

@@ -8,7 +8,7 @@ use pmd::capture::Capture;
 use pmd::device::vfio::{Protection, VfioDevice};
 use pmd::fault::{FaultQueue, Faults};
 use pmd::memory::{self, MemoryPort, PairConfig};
-use pmd::nic::{self, NicOptions};
+use pmd::nic::{self, NicControl, NicOptions};
 use pmd::pcap::{self, PcapConfig, PcapPort};
 use pmd::port::{MacAddr, Port, PortError, PortInfo};
 use pmd::tap::{TapConfig, TapPort};
@@ -60,7 +60,7 @@ pub enum OpenError {
 }
 
 /// An opened port, for reports.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct PortView {
     /// Operator's name.
     pub name: String,
@@ -72,6 +72,8 @@ pub struct PortView {
     pub steer: Option<SteerMap>,
     /// Whether these follow the policies: nothing was configured.
     pub steer_follows_policies: bool,
+    /// The way to its device or vhost-user peer, where it has one.
+    pub control: Option<Arc<dyn NicControl>>,
 }
 
 /// A gateway whose ports are open and whose workers do not run yet.
@@ -116,6 +118,8 @@ pub fn open(config: &GatewayConfig, clock: Clock) -> Result<Opened, OpenError> {
                     PortView {
                         name: port.name.clone(),
                         side: side(port.side),
+                        // The carrier speaks for the device.
+                        control: None,
                         ..of.clone()
                     },
                     Vec::new(),
@@ -134,7 +138,7 @@ pub fn open(config: &GatewayConfig, clock: Clock) -> Result<Opened, OpenError> {
                     .map_or(workers, usize::from)
                     .min(info.max_queues)
                     .max(1);
-                let mut info = info;
+                let (mut info, control) = (info, opened.control());
                 let queues = opened.queues(count, &arena).map_err(fail)?;
                 // What was asked for may have left a choice.
                 let mut modes: Vec<&str> = queues.iter().filter_map(|q| q.mode()).collect();
@@ -161,6 +165,7 @@ pub fn open(config: &GatewayConfig, clock: Clock) -> Result<Opened, OpenError> {
                     side: side(port.side),
                     steer_follows_policies: follows_policies(port),
                     steer,
+                    control,
                 };
                 (view, queues)
             }

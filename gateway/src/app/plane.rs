@@ -5,9 +5,11 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use control::plane::{
-    CaptureReport, CaptureRequest, DataPlane, PortReport, ProviderReport, QueueCounters, WorkerView,
+    CaptureReport, CaptureRequest, DataPlane, DeviceReport, PortReport, ProviderReport,
+    QueueCounters, WorkerView,
 };
 use pmd::capture::{Capture, CaptureOptions};
+use pmd::nic::NicControl;
 use pmd::{Arena, PortQueueStats};
 use quanta::Clock;
 use rtrb::Consumer;
@@ -116,6 +118,7 @@ impl DataPlane for Plane {
                 mac: p.info.mac.to_string(),
                 mtu: p.info.mtu,
                 queues: queues.iter().map(|q| counters(q)).collect(),
+                device: p.control.as_deref().map(device),
             });
         reports.collect()
     }
@@ -230,6 +233,20 @@ impl DataPlane for Plane {
             packets: summary.written,
             lost: summary.missed,
         })
+    }
+}
+
+fn device(control: &dyn NicControl) -> DeviceReport {
+    let link = control.link();
+    let named = |counts: Vec<(&'static str, u64)>| {
+        let owned = counts.into_iter().map(|(name, n)| (name.to_owned(), n));
+        owned.collect()
+    };
+    DeviceReport {
+        link_up: link.up,
+        mbps: link.mbps,
+        statistics: named(control.statistics()),
+        errors: named(control.device_errors()),
     }
 }
 

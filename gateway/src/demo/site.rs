@@ -72,6 +72,7 @@ impl Gateway {
                 side,
                 steer: None,
                 steer_follows_policies: false,
+                control: None,
             });
         }
         let locals = [Vrf(0); 2]

@@ -19,8 +19,9 @@ class Testpmd:
         eal = ["--no-pci", "--single-file-segments", "--no-telemetry", *memory, "--lcores", lcores, f"--file-prefix={name}-{os.getpid()}"]
         own = ["-i", "--forward-mode=io", "--total-num-mbufs=16384", "--no-mlockall", "--no-flush-rx", *args]
         with open(self.log, "wb") as out:
+            # By lines: in a file its statistics would otherwise come in pieces, later than the prompt behind them.
             self.process = subprocess.Popen(
-                ["dpdk-testpmd", *eal, *vdevs, "--", *own],
+                ["stdbuf", "-oL", "dpdk-testpmd", *eal, *vdevs, "--", *own],
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -38,7 +39,7 @@ class Testpmd:
     def command(self, line):
         """Gives it a command; what it says until the next prompt."""
         before = len(self.text())
-        # Its output is buffered and the prompt comes early: the end is what it says to a command that it does not know.
+        # The prompt may come early: the end is what it says to a command that it does not know.
         self.commands += 1
         mark = f"end-{self.commands}"
         self.process.stdin.write(f"{line}\n{mark}\n".encode())
