@@ -5,6 +5,7 @@
 //! owner at a time (a pool, a worker, a ring, a device), so nothing here ever copies or locks per packet.
 
 pub mod af_xdp;
+pub mod airoha;
 pub mod arena;
 pub mod capture;
 pub mod capture_file;
@@ -19,7 +20,9 @@ pub mod nic;
 pub mod pcap;
 pub mod pool;
 pub mod port;
+pub mod qdma;
 pub mod quiesce;
+pub mod soe;
 pub mod tap;
 pub mod virtio;
 pub mod vmxnet3;

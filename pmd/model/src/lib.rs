@@ -15,6 +15,7 @@ mod knobs;
 mod log;
 mod protocol;
 mod server;
+pub mod soe;
 mod sys;
 
 use std::time::Instant;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use esplanade_model::eip93::{Eip93, Switches};
+use esplanade_model::soe::Soe;
 use esplanade_model::{KnobArgs, Knobs, Model, Server};
 
 #[derive(Parser)]
@@ -29,6 +30,16 @@ enum Which {
         #[command(flatten)]
         knobs: KnobArgs,
     },
+    /// The secure offload engine of EN7581, with its Ethernet rings
+    Soe {
+        /// Socket to listen on
+        #[arg(long)]
+        socket: PathBuf,
+        #[command(flatten)]
+        switches: esplanade_model::soe::Switches,
+        #[command(flatten)]
+        knobs: KnobArgs,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -44,6 +55,11 @@ fn main() -> anyhow::Result<()> {
             switches,
             knobs,
         } => (socket, Box::new(Eip93::new(switches, Knobs::new(&knobs)))),
+        Which::Soe {
+            socket,
+            switches,
+            knobs,
+        } => (socket, Box::new(Soe::new(switches, Knobs::new(&knobs)))),
     };
     let server = Server::bind(&socket).with_context(|| format!("{}", socket.display()))?;
     tracing::info!(model = model.name(), socket = %socket.display(), "listening");

@@ -1,0 +1,683 @@
+//! The engine over a device that the test plays by hand.
+
+use std::any::Any;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use sa_store::cipher::{CipherJob, SaCipher};
+use sa_store::policy::Selector;
+use sa_store::runtime::{Install, SaEntry, Start, TunnelIdx};
+use sa_store::sa::{
+    Df, Direction, Dscp, IfId, Limits, Mode, OffloadMode, SaId, SaKeys, SaSpec, Spi, Tfc, Vrf,
+};
+use sa_store::snapshot::Snapshot;
+use sa_store::store::Store;
+use sa_store::suite::{AeadIcv, AesBits, Cipher, Hmac, Suite};
+use zeroize::Zeroizing;
+
+use super::*;
+use crate::arena::{Arena, ArenaConfig};
+use crate::device::model::{ModelBus, ModelDevice};
+use crate::device::{Device, RegisterSpace};
+use crate::engine::JobKind;
+use crate::pool::Pool;
+use crate::qdma::hub::{Hub, dummy_header};
+use crate::qdma::tests::{Given, Player, Registers};
+use crate::qdma::{Qdma, QdmaPlan};
+
+pub(crate) const CBC: Suite = Suite::CipherHmac(Cipher::Cbc(AesBits::B128), Hmac::Sha1_96);
+
+/// An SA that the engine takes.
+pub(crate) fn spec(direction: Direction, suite: Suite) -> SaSpec {
+    SaSpec {
+        name: "sa".into(),
+        tunnel: "t".into(),
+        direction,
+        spi: Spi::new(0x1000).unwrap(),
+        src: "10.0.0.1".parse().unwrap(),
+        dst: "10.0.0.2".parse().unwrap(),
+        mode: Mode::Tunnel,
+        suite,
+        keys: SaKeys {
+            enc: Zeroizing::new(vec![1; suite.enc_key_len()]),
+            auth: Zeroizing::new(vec![2; suite.auth_key_len()]),
+        },
+        encap: None,
+        esn: false,
+        replay_window: 64,
+        first_use: true,
+        soft: Limits::default(),
+        hard: Limits::default(),
+        dscp: Dscp::Copy,
+        df: Df::Copy,
+        ecn: true,
+        ttl: 64,
+        pmtu: None,
+        tfc: Tfc::Off,
+        mss_clamp: false,
+        vrf: Vrf::default(),
+        if_id: IfId::default(),
+        selectors: Vec::<Selector>::new(),
+        offload: OffloadMode::Packet,
+        engine: Some("soe".into()),
+    }
+}
+
+/// Keys are the engine's: software does nothing.
+struct NoCipher;
+
+impl SaCipher for NoCipher {
+    fn lane(&self) -> u16 {
+        0
+    }
+    fn prefetch(&self) {}
+    fn seal(&self, _: &mut [CipherJob<'_>]) {}
+    fn open(&self, _: &mut [CipherJob<'_>]) {}
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+pub(crate) fn id(index: u32) -> SaId {
+    SaId {
+        index,
+        generation: 0,
+    }
+}
+
+pub(crate) fn entry_from(spec: SaSpec, index: u32, start: Start) -> SaEntry {
+    SaEntry::new(
+        Arc::new(spec),
+        Install {
+            id: id(index),
+            tunnel: TunnelIdx(index),
+            owner: 0,
+            cipher: Box::new(NoCipher),
+            provider: "none",
+            start,
+            now: 0,
+        },
+    )
+}
+
+pub(crate) fn entry(spec: SaSpec, index: u32) -> SaEntry {
+    entry_from(spec, index, Start::default())
+}
+
+/// The engine's registers: commits are kept, and may fail.
+#[derive(Default)]
+pub(crate) struct SoeRegisters {
+    pub(crate) words: Mutex<Vec<u32>>,
+    /// Slot and command of each commit.
+    pub(crate) commits: Mutex<Vec<(u32, u32)>>,
+    pub(crate) refuse: std::sync::atomic::AtomicBool,
+}
+
+impl RegisterSpace for SoeRegisters {
+    fn read(&self, at: usize, _: usize) -> u64 {
+        let words = self.words.lock().unwrap();
+        u64::from(words.get(at / 4).copied().unwrap_or(0))
+    }
+
+    fn write(&self, at: usize, _: usize, value: u64) {
+        let value = u32::try_from(value).unwrap();
+        let mut words = self.words.lock().unwrap();
+        words.resize(window::WINDOW / 4, 0);
+        match at {
+            0x104 | 0x024 | 0x0b0 => words[at / 4] &= !value,
+            0x100 if value & 1 == 1 => {
+                words[at / 4] = value;
+                if !self.refuse.load(Relaxed) {
+                    words[0x104 / 4] = 1;
+                    let mut commits = self.commits.lock().unwrap();
+                    commits.push((value >> 8, words[0x110 / 4]));
+                }
+            }
+            _ => words[at / 4] = value,
+        }
+    }
+
+    fn len(&self) -> usize {
+        0x1000
+    }
+}
+
+pub(crate) struct Rig {
+    pub(crate) engine: SoeEngine,
+    pub(crate) player: Player,
+    pub(crate) soe: Arc<SoeRegisters>,
+    pub(crate) pool: Pool,
+    pub(crate) clock: Arc<AtomicU64>,
+    pub(crate) view: Arc<Snapshot>,
+    pub(crate) done: Vec<EspJob>,
+}
+
+pub(crate) fn rig(config: SoeConfig) -> Rig {
+    let bus = ModelBus::new();
+    let (regs, soe) = (Registers::new(), Arc::<SoeRegisters>::default());
+    let spaces: [(u32, Arc<dyn RegisterSpace>); 2] =
+        [(1, Arc::clone(&regs) as _), (3, Arc::clone(&soe) as _)];
+    let device: Arc<dyn Device> = Arc::new(ModelDevice::new("eth", &bus, vec![], spaces).unwrap());
+    let arena = Arena::new(ArenaConfig {
+        frames: 4096,
+        ..ArenaConfig::default()
+    })
+    .unwrap();
+    let window = device.region(1).unwrap();
+    let qdma = Qdma::new(&device, window, QdmaPlan::shared(0), &arena).unwrap();
+    let hub = Hub::new(vec![qdma], &arena).share();
+    let clock = Arc::new(AtomicU64::new(1));
+    let engine = SoeEngine::with_clock(
+        device.region(3).unwrap(),
+        hub.clone(),
+        config,
+        Clock::Manual(Arc::clone(&clock)),
+    )
+    .unwrap();
+    hub.lock().start().unwrap();
+    Rig {
+        engine,
+        player: Player::new(&bus, &regs),
+        soe,
+        pool: Pool::new(&arena, 16),
+        clock,
+        view: Store::new(1, 16).current(),
+        done: Vec::new(),
+    }
+}
+
+/// An IPv4 packet of `len` bytes.
+pub(crate) fn inner(len: u16) -> Vec<u8> {
+    let mut p = vec![0; usize::from(len)];
+    p[0] = 0x45;
+    p[2..4].copy_from_slice(&len.to_be_bytes());
+    p
+}
+
+/// What the engine makes of an inner packet of `len` bytes under the SA of [`spec`]: content is not looked at.
+pub(crate) fn sealed(len: u16, number: u32) -> Vec<u8> {
+    let cipher = (usize::from(len) + 2).next_multiple_of(16);
+    let total = 20 + 8 + 16 + cipher + 12;
+    let mut p = vec![0; total];
+    p[0] = 0x45;
+    p[2..4].copy_from_slice(&u16::try_from(total).unwrap().to_be_bytes());
+    p[9] = 50;
+    p[12..16].copy_from_slice(&[10, 0, 0, 1]);
+    p[16..20].copy_from_slice(&[10, 0, 0, 2]);
+    p[20..24].copy_from_slice(&0x1000u32.to_be_bytes());
+    p[24..28].copy_from_slice(&number.to_be_bytes());
+    p
+}
+
+impl Rig {
+    pub(crate) fn install(&mut self, direction: Direction, index: u32) {
+        let sa = entry(spec(direction, CBC), index);
+        self.engine.install(&sa).unwrap();
+    }
+
+    pub(crate) fn job(&mut self, index: u32, kind: JobKind, tag: u64, bytes: &[u8]) -> EspJob {
+        let mut frame = self.pool.get().unwrap();
+        assert!(frame.set_data(bytes));
+        EspJob {
+            frame,
+            sa: id(index),
+            seq: tag,
+            tag,
+            note: 0,
+            esp_off: 20,
+            esp_end: 0,
+            next_header: 0,
+            kind,
+            status: JobStatus::Pending,
+        }
+    }
+
+    pub(crate) fn seal(&mut self, index: u32, tags: std::ops::Range<u64>, len: u16) -> Vec<EspJob> {
+        let mut jobs = tags
+            .map(|tag| self.job(index, JobKind::Seal, tag, &inner(len)))
+            .collect();
+        self.engine.submit(&self.view, &mut jobs, &mut self.done);
+        jobs
+    }
+
+    pub(crate) fn poll(&mut self) -> Vec<(u64, JobStatus)> {
+        self.engine.poll(&mut self.done);
+        let pool = &mut self.pool;
+        let done = self.done.drain(..);
+        done.map(|j| {
+            pool.put(j.frame);
+            (j.tag, j.status)
+        })
+        .collect()
+    }
+
+    /// Takes all requests, which then have left memory.
+    pub(crate) fn requests(&mut self) -> Vec<Given> {
+        let mut all = Vec::new();
+        while let Some(g) = self.player.take(2) {
+            self.player.done(2, g.slot, false);
+            all.push(g);
+        }
+        all
+    }
+
+    pub(crate) fn result(&mut self, ring: u8, slot: u8, flags: u32, packet: &[u8]) {
+        let mut bytes = dummy_header(false).to_vec();
+        bytes.extend(packet);
+        let msg = [flags, 0, u32::from(slot) << 24];
+        assert!(self.player.give(ring, &bytes, msg, 0));
+    }
+
+    pub(crate) fn later(&self, nanoseconds: u64) {
+        self.clock.fetch_add(nanoseconds, Relaxed);
+    }
+
+    /// Everything must come home.
+    pub(crate) fn end(mut self) {
+        let _ = self.poll();
+        let arena = Arc::clone(self.pool.arena());
+        drop(self);
+        assert_eq!(arena.outstanding(), 0);
+    }
+}
+
+fn done(tags: std::ops::Range<u64>) -> Vec<(u64, JobStatus)> {
+    tags.map(|t| (t, JobStatus::Done)).collect()
+}
+
+#[test]
+fn a_packet_goes_in_as_the_reference_has_it_and_its_result_comes_from_any_ring() {
+    let mut rig = rig(SoeConfig::default());
+    for _ in 0..5 {
+        // Slots are taken in turn.
+        let used = u32::try_from(rig.engine.used_slots()).unwrap();
+        rig.install(Direction::Out, used);
+    }
+    rig.install(Direction::Out, 5);
+    assert!(rig.seal(5, 0..2, 100).is_empty());
+    let given = rig.requests();
+    assert_eq!(given.len(), 2);
+    assert_eq!(given[0].msg, [0x0500_0000, 0x7f74_27ff, 0xff00_ffff]);
+    assert_eq!(given[0].bytes[..4], [0x81, 0xff, 0xff, 0xff]);
+    assert_eq!(given[0].bytes[28..32], [5, 5, 0xa0, 0]);
+    assert_eq!(given[0].bytes[32..46], dummy_header(false));
+    assert_eq!(given[0].bytes[46..], inner(100));
+    for (ring, number) in [(1, 1), (10, 2)] {
+        rig.result(ring, 5, 3, &sealed(100, number));
+        rig.engine.poll(&mut rig.done);
+    }
+    let job = &rig.done[1];
+    assert_eq!((job.seq, job.esp_off, job.esp_end), (2, 20, 168));
+    assert_eq!(job.frame.data(), sealed(100, 2));
+    assert_eq!(rig.poll(), done(0..2));
+    assert_eq!(rig.engine.in_flight(), 0);
+    rig.end();
+}
+
+#[test]
+fn a_run_of_many_sas_costs_one_doorbell_and_no_sa_has_more_than_four_in_the_engine() {
+    let mut rig = rig(SoeConfig {
+        waiting: 8,
+        ..SoeConfig::default()
+    });
+    rig.install(Direction::Out, 0);
+    rig.install(Direction::Out, 1);
+    let mut jobs = Vec::new();
+    for tag in 0..20 {
+        jobs.push(rig.job(u32::from(tag % 2 == 1), JobKind::Seal, tag, &inner(60)));
+    }
+    rig.engine.submit(&rig.view, &mut jobs, &mut rig.done);
+    // Eight of each wait, four of these are in the engine; the last ones stay with the caller, in order.
+    assert_eq!(
+        jobs.iter().map(|j| j.tag).collect::<Vec<_>>(),
+        [16, 17, 18, 19]
+    );
+    let bells = rig.engine.hub.lock().counters()[0].doorbells.value();
+    assert_eq!(
+        (bells, rig.requests().len(), rig.engine.in_flight()),
+        (1, 8, 16)
+    );
+    rig.engine.submit(&rig.view, &mut jobs, &mut rig.done);
+    assert!(jobs.is_empty());
+    assert_eq!(rig.engine.in_flight(), 20);
+    let mut all = Vec::new();
+    for number in 1..=10 {
+        rig.result(1, 0, 3, &sealed(60, number));
+        rig.result(1, 1, 3, &sealed(60, number));
+        all.extend(rig.poll());
+        rig.requests();
+    }
+    assert_eq!(all, done(0..20));
+    rig.end();
+}
+
+#[test]
+fn a_job_of_an_unknown_sa_comes_back_at_once() {
+    let mut rig = rig(SoeConfig::default());
+    assert!(rig.seal(3, 0..1, 60).is_empty());
+    assert_eq!(rig.poll(), [(0, JobStatus::SaGone)]);
+    rig.end();
+}
+
+#[test]
+fn lost_doubled_and_swapped_results_are_never_taken_for_another_packet() {
+    let mut rig = rig(SoeConfig::default());
+    rig.install(Direction::Out, 0);
+    rig.seal(0, 0..4, 60);
+    rig.requests();
+    for number in [2, 2, 1, 4] {
+        rig.result(1, 0, 3, &sealed(60, number));
+    }
+    let failed = |tag| (tag, JobStatus::Failed);
+    let ok = |tag| (tag, JobStatus::Done);
+    assert_eq!(rig.poll(), [failed(0), ok(1), failed(2), ok(3)]);
+    let c = Arc::clone(rig.engine.counters());
+    assert_eq!((c.lost.value(), c.repeated.value()), (2, 2));
+    // A lost tail is given up after its time, and no sooner.
+    rig.seal(0, 4..6, 60);
+    rig.requests();
+    rig.later(PATIENCE);
+    assert!(rig.poll().is_empty());
+    rig.later(SWEEP);
+    assert_eq!(rig.poll(), [failed(4), failed(5)]);
+    assert_eq!(rig.engine.health(), Health::Good);
+    rig.end();
+}
+
+#[test]
+fn errors_fail_one_packet_and_kill_nothing() {
+    let mut rig = rig(SoeConfig::default());
+    rig.install(Direction::In, 0);
+    let outer = sealed(60, 7);
+    let mut jobs: Vec<_> = (0..4)
+        .map(|tag| rig.job(0, JobKind::Open, tag, &outer))
+        .collect();
+    rig.engine.submit(&rig.view, &mut jobs, &mut rig.done);
+    let given = rig.requests();
+    assert_eq!(given[0].bytes[28..32], [0, 0, 0xb0, 0]);
+    assert_eq!(given[0].msg[1], 0x7f74_a7ff);
+    rig.result(1, 0, 5, &outer);
+    rig.result(1, 0, 3, &outer);
+    // Another slot's, which carries nothing.
+    rig.result(1, 9, 4, &inner(60));
+    rig.result(1, 0, 4, &inner(60));
+    // No IP packet at all.
+    rig.result(1, 0, 4, &[0x70; 60]);
+    let failed = |tag| (tag, JobStatus::Failed);
+    assert_eq!(
+        rig.poll(),
+        [failed(0), failed(1), (2, JobStatus::Done), failed(3)]
+    );
+    let c = Arc::clone(rig.engine.counters());
+    assert_eq!(c.errors[0].value(), 1);
+    assert_eq!(
+        (
+            c.wrong_direction.value(),
+            c.orphans.value(),
+            c.malformed.value()
+        ),
+        (1, 1, 1)
+    );
+    assert_eq!(rig.engine.health(), Health::Good);
+    rig.end();
+}
+
+#[test]
+fn packets_that_the_engine_cannot_take_never_reach_it() {
+    let mut rig = rig(SoeConfig::default());
+    rig.install(Direction::In, 0);
+    rig.install(Direction::Out, 1);
+    let good = sealed(60, 1);
+    let mut bad = vec![
+        (0, JobKind::Seal, inner(60)),
+        (1, JobKind::Open, good.clone()),
+    ];
+    let mut broken = |at: usize, v: u8| {
+        let mut p = good.clone();
+        p[at] = v;
+        bad.push((0, JobKind::Open, p));
+    };
+    // Options, fragments, another protocol, another destination, another SPI, longer than it is.
+    for (at, v) in [
+        (0, 0x46),
+        (6, 0x20),
+        (7, 1),
+        (9, 17),
+        (19, 3),
+        (23, 1),
+        (2, 0xff),
+    ] {
+        broken(at, v);
+    }
+    bad.push((0, JobKind::Open, good[..19].to_vec()));
+    let mut fragment = inner(60);
+    fragment[6] = 0x20;
+    for p in [fragment, inner(60)[..50].to_vec(), vec![0x60; 39], vec![]] {
+        bad.push((1, JobKind::Seal, p));
+    }
+    let n = bad.len();
+    let mut jobs = Vec::new();
+    for (tag, (index, kind, bytes)) in (0..).zip(bad) {
+        jobs.push(rig.job(index, kind, tag, &bytes));
+    }
+    rig.engine.submit(&rig.view, &mut jobs, &mut rig.done);
+    assert_eq!(rig.requests().len(), 0);
+    let ended = rig.poll();
+    assert!(ended.len() == n && ended.iter().all(|(_, s)| *s == JobStatus::Malformed));
+    // Bytes of the link behind the packet are taken off.
+    let mut padded = good.clone();
+    padded.extend([0; 6]);
+    let mut jobs = vec![rig.job(0, JobKind::Open, 0, &padded)];
+    rig.engine.submit(&rig.view, &mut jobs, &mut rig.done);
+    assert_eq!(rig.requests()[0].bytes[46..], good);
+    rig.end();
+}
+
+#[test]
+fn the_last_packet_of_a_hard_limit_goes_and_the_next_does_not() {
+    let mut rig = rig(SoeConfig::default());
+    let mut s = spec(Direction::Out, CBC);
+    s.hard.packets = Some(6);
+    rig.engine.install(&entry(s, 0)).unwrap();
+    rig.seal(0, 0..9, 60);
+    let mut ended = Vec::new();
+    let mut number = 0;
+    loop {
+        let n = rig.requests().len();
+        if n == 0 {
+            break;
+        }
+        for _ in 0..n {
+            number += 1;
+            rig.result(1, 0, 3, &sealed(60, number));
+        }
+        ended.extend(rig.poll());
+    }
+    assert_eq!(number, 6);
+    let mut expected = done(0..6);
+    expected.extend((6..9).map(|t| (t, JobStatus::LimitReached)));
+    ended.sort_by_key(|e| e.0);
+    assert_eq!(ended, expected);
+    assert_eq!(rig.engine.counters().limited.value(), 3);
+    rig.end();
+}
+
+#[test]
+fn an_sa_that_has_carried_packets_cannot_begin_in_the_engine() {
+    let mut rig = rig(SoeConfig::default());
+    let used = [
+        (
+            Direction::Out,
+            Start {
+                next_seq: 2,
+                lease_end: 100,
+                window_top: 0,
+            },
+        ),
+        (
+            Direction::In,
+            Start {
+                next_seq: 1,
+                lease_end: 100,
+                window_top: 5,
+            },
+        ),
+    ];
+    for (direction, start) in used {
+        let sa = entry_from(spec(direction, CBC), 0, start);
+        let refused = rig.engine.install(&sa).unwrap_err();
+        assert!(refused.to_string().contains("rekey"), "{refused}");
+    }
+    let gcm = Suite::Gcm(AesBits::B128, AeadIcv::L16);
+    let sa = entry(spec(Direction::Out, gcm), 0);
+    let refused = rig.engine.install(&sa).unwrap_err();
+    assert!(matches!(refused, Refusal::Unsupported { .. }));
+    assert_eq!(rig.engine.used_slots(), 0);
+    rig.end();
+}
+
+#[test]
+fn a_removed_sa_drains_is_invalidated_and_its_slot_rests() {
+    let mut config = SoeConfig::default();
+    config.assume.slots = 1;
+    let mut rig = rig(config);
+    let before = rig.soe.commits.lock().unwrap().len();
+    rig.install(Direction::Out, 0);
+    let full = rig.engine.install(&entry(spec(Direction::Out, CBC), 1));
+    assert!(full.is_err());
+    rig.seal(0, 0..6, 60);
+    rig.requests();
+    rig.engine.remove(id(0));
+    // What waited goes at once; what is in the engine is waited for, and the SA stays valid meanwhile.
+    let gone = |tag| (tag, JobStatus::SaGone);
+    assert_eq!(rig.poll(), [gone(4), gone(5)]);
+    assert!(rig.seal(0, 6..7, 60).is_empty());
+    assert_eq!(rig.poll(), [gone(6)]);
+    let commits = |rig: &Rig| rig.soe.commits.lock().unwrap()[before..].to_vec();
+    assert_eq!(commits(&rig).len(), 1);
+    for number in 1..=4 {
+        rig.result(1, 0, 3, &sealed(60, number));
+    }
+    assert_eq!(rig.poll(), done(0..4));
+    rig.later(SWEEP);
+    rig.poll();
+    assert_eq!(commits(&rig), [(0, 0x9000_0013), (0, 0)]);
+    assert_eq!(rig.engine.used_slots(), 0);
+    // A late result finds nobody, and nobody may have the slot yet.
+    rig.result(1, 0, 3, &sealed(60, 5));
+    assert!(rig.poll().is_empty());
+    assert_eq!(rig.engine.counters().orphans.value(), 1);
+    let refused = rig.engine.install(&entry(spec(Direction::Out, CBC), 1));
+    assert!(matches!(refused, Err(Refusal::NoSlot { .. })));
+    rig.later(slots::REST);
+    rig.install(Direction::Out, 1);
+    rig.end();
+}
+
+#[test]
+fn keys_do_not_stay_in_the_staging_window() {
+    let mut rig = rig(SoeConfig::default());
+    rig.install(Direction::Out, 0);
+    let words = rig.soe.words.lock().unwrap();
+    assert!(words[0x124 / 4..=0x160 / 4].iter().all(|w| *w == 0));
+    drop(words);
+    rig.end();
+}
+
+#[test]
+fn an_engine_that_does_not_commit_is_dead() {
+    let mut rig = rig(SoeConfig::default());
+    rig.install(Direction::Out, 1);
+    rig.seal(1, 0..6, 60);
+    rig.requests();
+    rig.soe.refuse.store(true, Relaxed);
+    let refused = rig.engine.install(&entry(spec(Direction::Out, CBC), 0));
+    assert!(refused.is_err());
+    assert!(matches!(rig.engine.health(), Health::Dead(_)));
+    // Nothing hangs: what is in flight fails, new jobs too.
+    let mut ended = rig.poll();
+    ended.sort_by_key(|e| e.0);
+    let failed: Vec<_> = (0..6).map(|t| (t, JobStatus::Failed)).collect();
+    assert_eq!(ended, failed);
+    rig.seal(1, 6..7, 60);
+    assert_eq!(rig.poll(), [(6, JobStatus::Failed)]);
+    assert_eq!(rig.engine.in_flight(), 0);
+    // A reset needs commits too.
+    let mut ended = Vec::new();
+    assert!(rig.engine.reset(&mut ended).is_err());
+    rig.soe.refuse.store(false, Relaxed);
+    rig.player.restart();
+    rig.engine.reset(&mut ended).unwrap();
+    assert_eq!(
+        (rig.engine.health(), rig.engine.used_slots()),
+        (Health::Good, 0)
+    );
+    rig.install(Direction::Out, 2);
+    rig.seal(2, 0..1, 60);
+    rig.requests();
+    rig.result(1, 0, 3, &sealed(60, 1));
+    assert_eq!(rig.poll(), done(0..1));
+    rig.end();
+}
+
+#[test]
+fn a_reset_gives_back_what_is_in_flight() {
+    let mut rig = rig(SoeConfig::default());
+    rig.install(Direction::Out, 0);
+    rig.seal(0, 0..7, 60);
+    let mut ended = Vec::new();
+    rig.engine.reset(&mut ended).unwrap();
+    assert_eq!((ended.len(), rig.engine.in_flight()), (7, 0));
+    assert!(ended.iter().all(|j| j.status == JobStatus::Failed));
+    for job in ended {
+        rig.pool.put(job.frame);
+    }
+    rig.end();
+}
+
+#[test]
+fn too_many_lost_results_end_the_trust() {
+    let mut rig = rig(SoeConfig::default());
+    rig.install(Direction::Out, 0);
+    let mut number = 0;
+    for round in 0..200u64 {
+        rig.seal(0, round..round + 1, 60);
+        rig.requests();
+        number += 1;
+        // Two in a hundred.
+        if round % 50 != 10 {
+            rig.result(1, 0, 3, &sealed(60, number));
+        }
+        rig.poll();
+        rig.later(1_000_000);
+    }
+    assert_eq!(rig.engine.health(), Health::Good);
+    rig.later(JUDGED_OVER);
+    rig.poll();
+    assert!(matches!(rig.engine.health(), Health::Lossy(n) if n > 100));
+    rig.end();
+}
+
+#[test]
+fn a_repeated_iv_under_gcm_ends_the_trust_at_once() {
+    let mut config = SoeConfig::default();
+    config.assume.gcm = true;
+    let mut rig = rig(config);
+    let gcm = Suite::Gcm(AesBits::B128, AeadIcv::L16);
+    rig.engine
+        .install(&entry(spec(Direction::Out, gcm), 0))
+        .unwrap();
+    rig.seal(0, 0..2, 54);
+    rig.requests();
+    // 20 + 8 + 8 + 56 + 16.
+    let mut packet = sealed(60, 1);
+    packet.truncate(108);
+    packet[2..4].copy_from_slice(&108u16.to_be_bytes());
+    rig.result(1, 0, 3, &packet);
+    assert_eq!(rig.poll(), done(0..1));
+    rig.result(1, 0, 3, &packet);
+    assert_eq!(rig.poll(), [(1, JobStatus::Failed)]);
+    assert!(matches!(rig.engine.health(), Health::Wrong(_)));
+    rig.end();
+}
