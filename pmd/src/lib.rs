@@ -10,6 +10,7 @@ pub mod arena;
 pub mod capture;
 pub mod capture_file;
 pub mod device;
+pub mod eip93;
 pub mod engine;
 pub mod fault;
 pub mod frame;
