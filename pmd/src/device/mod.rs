@@ -19,6 +19,7 @@ use std::sync::Arc;
 use crate::arena::Arena;
 
 mod barrier;
+pub(crate) mod cache;
 mod dma;
 mod heap;
 mod interrupt;
@@ -135,6 +136,12 @@ pub trait Device: Send + Sync {
     /// system waits until the device is dropped.
     fn removal_requested(&self) -> bool {
         false
+    }
+
+    /// Whether the device sees the CPU's caches. Where it does not, its driver maintains them around transfers of frames, and
+    /// [`Device::dma_alloc`] gives memory that is not cached, or refuses.
+    fn is_coherent(&self) -> bool {
+        true
     }
 
     /// Whether an IOMMU stands between the device and memory, so that it must use the addresses given here.

@@ -29,6 +29,7 @@ pub use rx::{Received, RxFault};
 pub use tx::Sent;
 
 use crate::arena::Arena;
+use crate::device::cache;
 use crate::device::{ArenaMap, Device, DeviceError, DmaMem, IovaClass, Mmio};
 use crate::frame::Frame;
 use crate::pool::Pool;
@@ -150,6 +151,7 @@ pub struct Qdma {
     forward: Forward,
     polls: u32,
     running: bool,
+    coherent: bool,
     counters: Arc<QdmaCounters>,
 }
 
@@ -200,6 +202,7 @@ impl Qdma {
             reports,
             polls: 0,
             running: false,
+            coherent: device.is_coherent(),
             counters: Arc::default(),
         })
     }
@@ -270,7 +273,12 @@ impl Qdma {
             return Err(frame);
         }
         match self.tx.iter_mut().find(|t| t.number == ring) {
-            Some(ring) => ring.push(&self.map, frame, msg, cookie),
+            Some(ring) => {
+                if !self.coherent {
+                    cache::clean(frame.data_ptr(), frame.len());
+                }
+                ring.push(&self.map, frame, msg, cookie)
+            }
             None => Err(frame),
         }
     }

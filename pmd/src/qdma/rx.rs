@@ -8,6 +8,7 @@ use super::descriptor::{
 use super::regs::{self, ring};
 use super::{QdmaError, low};
 use crate::arena::Arena;
+use crate::device::cache;
 use crate::device::ring::FrameRing;
 use crate::device::{ArenaMap, Device, DmaMem, IovaClass, Mmio, fence_release};
 use crate::frame::Frame;
@@ -51,6 +52,7 @@ pub(super) struct RxRing {
     /// Room in each buffer.
     buffer: u32,
     scratch: Vec<Frame>,
+    coherent: bool,
     /// Polls since something was found.
     pub(super) idle: u32,
 }
@@ -73,6 +75,7 @@ impl RxRing {
             skipping: false,
             buffer: u32::try_from(buffer).unwrap_or(0),
             scratch: Vec::with_capacity(entries as usize),
+            coherent: device.is_coherent(),
             idle: 0,
         })
     }
@@ -137,6 +140,10 @@ impl RxRing {
             } else {
                 None
             };
+            if !self.coherent {
+                // What was read ahead while the device wrote.
+                cache::discard(frame.data_ptr(), frame.len());
+            }
             found += 1;
             each(
                 pool,
@@ -174,6 +181,10 @@ impl RxRing {
                 frame.give_back();
                 continue;
             };
+            if !self.coherent {
+                // A dirty line must not be written over what the device wrote.
+                cache::discard(frame.data_ptr(), self.buffer as usize);
+            }
             match self.slots.push(frame) {
                 Ok(slot) => {
                     let d = slot as usize * DESCRIPTOR;

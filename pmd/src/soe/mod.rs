@@ -104,6 +104,8 @@ pub struct SoeCounters {
     pub requests: Counter,
     /// Results given on.
     pub results: Counter,
+    /// Results given on, by the receive ring that they came on.
+    pub rings: [Counter; 32],
     /// Bytes of IP packets submitted.
     pub bytes: Counter,
     /// Requests whose result never came.
@@ -192,6 +194,8 @@ pub struct SoeEngine {
     ended: VecDeque<(Meta, JobStatus)>,
     lost: Vec<Request>,
     refused: Vec<EspJob>,
+    /// Empty, kept for its memory.
+    kept: Vec<EspJob>,
     /// Number of the next request.
     next_id: u64,
     in_flight: usize,
@@ -207,6 +211,17 @@ struct Judged {
     since: u64,
     ended: u64,
     lost: u64,
+}
+
+impl Judged {
+    fn from(counters: &SoeCounters, since: u64) -> Judged {
+        let lost = counters.lost.value();
+        Judged {
+            since,
+            ended: lost + counters.results.value(),
+            lost,
+        }
+    }
 }
 
 impl SoeEngine {
@@ -247,6 +262,7 @@ impl SoeEngine {
             ended: VecDeque::new(),
             lost: Vec::new(),
             refused: Vec::new(),
+            kept: Vec::new(),
             next_id: 0,
             in_flight: 0,
             swept: 0,
@@ -286,7 +302,8 @@ impl SoeEngine {
         self.give_back(&mut hub, done);
         self.slots = Slots::new(self.config.assume.slots);
         self.demand.forget_slots();
-        self.judged = Judged::default();
+        // What happened before is no evidence any more.
+        self.judged = Judged::from(&self.counters, self.clock.now());
         self.health = Health::Good;
         self.stats.resets.add(1);
         Ok(())

@@ -26,7 +26,7 @@ impl SoeEngine {
         }
         let most = self.config.waiting;
         let mut full: u64 = 0;
-        let mut kept = Vec::new();
+        let mut kept = std::mem::take(&mut self.kept);
         for mut job in jobs.drain(..) {
             let Some((number, slot)) = self.slots.of(job.sa) else {
                 job.status = JobStatus::SaGone;
@@ -43,7 +43,8 @@ impl SoeEngine {
             slot.flow.waiting.push_back(job);
             self.in_flight += 1;
         }
-        *jobs = kept;
+        jobs.append(&mut kept);
+        self.kept = kept;
     }
 
     /// One round: results in, what is overdue out, waiting jobs in.
@@ -186,6 +187,9 @@ impl SoeEngine {
         match answer {
             Answer::To(request) => {
                 self.counters.results.add(1);
+                if let Some(ring) = self.counters.rings.get(usize::from(r.ring)) {
+                    ring.add(1);
+                }
                 self.in_flight -= 1;
                 let mut job = job_of(request.meta, frame, JobStatus::Done);
                 if let Seen::Sealed { number, outer } = seen {
@@ -255,17 +259,12 @@ impl SoeEngine {
         if now.saturating_sub(self.judged.since) < JUDGED_OVER {
             return;
         }
-        let lost = self.counters.lost.value();
-        let ended = lost + self.counters.results.value();
-        let (l, n) = (lost - self.judged.lost, ended - self.judged.ended);
-        if n >= JUDGED_FROM && l * 10_000 > n * self.config.most_lost {
-            self.distrust(Health::Lossy(l * 10_000 / n));
+        let seen = Judged::from(&self.counters, now);
+        let (lost, ended) = (seen.lost - self.judged.lost, seen.ended - self.judged.ended);
+        if ended >= JUDGED_FROM && lost * 10_000 > ended * self.config.most_lost {
+            self.distrust(Health::Lossy(lost * 10_000 / ended));
         }
-        self.judged = Judged {
-            since: now,
-            ended,
-            lost,
-        };
+        self.judged = seen;
     }
 
     fn note_lost(&mut self) {

@@ -656,6 +656,12 @@ fn too_many_lost_results_end_the_trust() {
     rig.later(JUDGED_OVER);
     rig.poll();
     assert!(matches!(rig.engine.health(), Health::Lossy(n) if n > 100));
+    // What was lost before a reset does not count after it.
+    rig.player.restart();
+    rig.engine.reset(&mut Vec::new()).unwrap();
+    rig.later(2 * JUDGED_OVER);
+    rig.poll();
+    assert_eq!(rig.engine.health(), Health::Good);
     rig.end();
 }
 

@@ -1,6 +1,7 @@
 //! Driver, model and the socket between them.
 
 use std::any::Any;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -53,6 +54,19 @@ pub(crate) struct Ended {
     pub(crate) bytes: Vec<u8>,
 }
 
+/// A model and a way to it, without a driver.
+pub(crate) struct Bare {
+    path: PathBuf,
+    _running: Running,
+    _dir: tempfile::TempDir,
+}
+
+impl Bare {
+    pub(crate) fn device(&self) -> VfioUserDevice {
+        VfioUserDevice::connect(&self.path).unwrap()
+    }
+}
+
 pub(crate) struct Rig {
     pub(crate) engine: SoeEngine,
     pub(crate) knobs: Arc<Knobs>,
@@ -98,6 +112,18 @@ impl Rig {
             view: Store::new(1, 16).current(),
             running,
             next: 0,
+            _dir: dir,
+        }
+    }
+
+    pub(crate) fn bare() -> Bare {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("soe");
+        let model = Soe::new(Switches::default(), Arc::default());
+        let running = Server::bind(&path).unwrap().spawn(Box::new(model)).unwrap();
+        Bare {
+            path,
+            _running: running,
             _dir: dir,
         }
     }
@@ -245,6 +271,25 @@ impl Rig {
             }
         }
         assert!(jobs.is_empty());
+    }
+
+    /// These packets of one SA, marked by their place, as fast as the engine takes them.
+    pub(crate) fn each(&mut self, sa: &Sa, packets: &[Vec<u8>], most: Duration) -> Vec<Ended> {
+        let begin = Instant::now();
+        let mut left = (0..).zip(packets);
+        let (mut all, mut jobs) = (Vec::new(), Vec::new());
+        while all.len() < packets.len() {
+            assert!(begin.elapsed() < most, "{} came back", all.len());
+            while jobs.len() < 32
+                && let Some((tag, packet)) = left.next()
+            {
+                jobs.push(self.job(sa, tag, packet));
+            }
+            let mut done = Vec::new();
+            self.engine.submit(&self.view, &mut jobs, &mut done);
+            all.extend(self.end_jobs(done));
+        }
+        all
     }
 
     pub(crate) fn doorbells(&self) -> u64 {

@@ -124,6 +124,15 @@ impl Device for VfioDevice {
         self.file.pci()
     }
 
+    fn is_coherent(&self) -> bool {
+        // On Arm, firmware says which devices snoop; PCI ones and all of x86 do.
+        if self.pci().is_some() || cfg!(target_arch = "x86_64") {
+            return true;
+        }
+        let sysfs = Path::new("/sys/bus/platform/devices").join(&self.name);
+        sysfs.join("of_node/dma-coherent").exists()
+    }
+
     fn behind_iommu(&self) -> bool {
         !matches!(self.files, Files::NoIommu(..))
     }
@@ -141,6 +150,11 @@ impl Device for VfioDevice {
     }
 
     fn dma_alloc(&self, len: usize, align: usize, class: IovaClass) -> Result<DmaMem, DeviceError> {
+        if !self.is_coherent() {
+            return Err(DeviceError::Unsupported(
+                "ring memory that is not cached: no helper of the kernel for it is known here,",
+            ));
+        }
         self.dma.allocate(len, align, class)
     }
 
