@@ -107,7 +107,7 @@ impl Outbound {
         }
         if !self.clear.is_empty() {
             self.decide(shared, snapshot);
-            shared.stages.mark(Stage::Policy);
+            shared.stages.mark(Stage::Encap);
         }
         if !self.protect.is_empty() {
             self.encapsulate(shared, snapshot);

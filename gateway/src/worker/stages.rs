@@ -14,13 +14,13 @@ pub enum Stage {
     Crypto,
     /// Inbound: window, structure, limits.
     Judge,
-    /// Policies, either direction: flow cache, on a miss the SPD.
+    /// Inbound policies: flow cache, on a miss the SPD.
     Policy,
     /// Inbound: verdicts applied, packets passed on.
     Accept,
     /// Routes of clear packets, their link headers.
     Forward,
-    /// Outbound: SAs, routes, numbers, encapsulation, jobs.
+    /// Outbound: policies (flow cache, on a miss the SPD), SAs, routes, numbers, encapsulation, jobs.
     Encap,
     /// Outbound: checksums, link headers.
     Finish,

@@ -2,11 +2,13 @@
 
     reload   all keys of 10 000 SAs are changed, several times, while packets flow through them: none is lost
     kill     SIGKILL at random moments while it sends, and a new start each time: no nonce is seen twice outside
+    user     it starts as root, becomes another user for good, and goes on working as that user: reload, leases, restart
     seed     a test seed, which makes nonces repeat, is refused
 """
 
 import argparse
 import multiprocessing
+import pwd
 import random
 import secrets
 import shutil
@@ -50,6 +52,7 @@ RELOADS = 4
 # Tunnels that carry packets, spread over all of them.
 BUSY = 100
 KILLS = 30
+USER = "nobody"
 ESP = 14 + 20
 
 
@@ -126,11 +129,15 @@ class Receiver:
             if frame[23] == 50:
                 self.seen.append(frame[ESP : ESP + 16])
 
+    def so_far(self):
+        """All that came until now: SPI, sequence number, IV."""
+        return [struct.unpack("!IIQ", s) for s in list(self.seen)]
+
     def stop(self):
         """All that came."""
         self.stopped = True
         self.thread.join()
-        return [struct.unpack("!IIQ", s) for s in self.seen]
+        return self.so_far()
 
 
 class Road:
@@ -238,6 +245,47 @@ def kill(world, program, seed, forget):
     return f"{KILLS} times killed, {len(seen)} packets in {len(lives)} lives, no nonce twice, {skipped} numbers skipped for each key"
 
 
+def as_user(world, program):
+    """Without root's rights: what comes later must not need them."""
+    road = Road(world, program, "user")
+    road.config += f'[privileges]\nuser = "{USER}"\n'
+    world.dir.chmod(0o711)
+
+    def give(generation, name):
+        private_file(road.dir / name, sa_file(2, generation))
+        shutil.chown(road.dir / name, USER, -1)
+
+    give(0, "sa.toml")
+    shutil.chown(road.dir, USER, -1)
+    receiver = Receiver(road.far)
+    sender = Sender(road.host, road.to, [network(n) for n in range(2)], 2000)
+    for life in range(2):
+        before = len(receiver.seen)
+        gateway = road.gateway("user.log")
+        wait_for(f"packets of life {life}", lambda: len(receiver.seen) > before + 100)
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{gateway.process.pid}/status").read_text().splitlines())
+        uids, groups = {int(n) for n in status["Uid"].split()}, status["Groups"].split()
+        if uids != {pwd.getpwnam(USER).pw_uid} or int(status["CapEff"], 16) or int(status["CapPrm"], 16) or "0" in groups:
+            raise Failed(f"users {uids}, groups {groups}, capabilities {status['CapEff']}")
+        if life == 0:
+            give(1, "new.toml")
+            (road.dir / "new.toml").rename(road.dir / "sa.toml")
+            new = 0x1000_0000 + (1 << 20)
+            wait_for("packets under new keys", lambda: any(spi >= new for spi, _, _ in receiver.so_far()))
+            text = (road.dir / "sa.toml").read_text().replace("first_use = true\n", "")
+            private_file(road.dir / "next.toml", text)
+            shutil.chown(road.dir / "next.toml", USER, -1)
+            (road.dir / "next.toml").rename(road.dir / "sa.toml")
+            time.sleep(1)
+        if life == 1:
+            sender.stop()
+        gateway.stop()
+    seen = receiver.stop()
+    if duplicates(seen):
+        raise Failed(f"{duplicates(seen)} of {len(seen)} nonces were used twice")
+    return f"reload, leases and restart as {USER}, {len(seen)} packets, no nonce twice"
+
+
 def seed_refused(world, program):
     """Repeatable nonces never leave on a live port."""
     (world.dir / "seed.toml").write_text(CONFIG.format(peer="02:00:00:00:00:01"))
@@ -258,7 +306,7 @@ def main():
     program = args.gateway.resolve()
     bad = 0
     with World("esplanade-live", args.keep) as world:
-        cases = {"seed": seed_refused, "reload": reload, "kill": lambda w, p: kill(w, p, args.seed, args.forget)}
+        cases = {"seed": seed_refused, "reload": reload, "user": as_user, "kill": lambda w, p: kill(w, p, args.seed, args.forget)}
         for name, case in cases.items():
             began = time.monotonic()
             try:
