@@ -20,8 +20,6 @@ use crate::crypto::UnknownProvider;
 use crate::crypto::select::{Choice, Compare, SelectError, Selection};
 use crate::worker::{Crew, Worker};
 
-/// Rounds of all workers between two looks at leases in an offline run: fewer packets than a first lease block.
-const OFFLINE_ROUNDS: u32 = 4;
 /// What a round takes under a seed, nanoseconds: time goes on with the rounds, so that whatever depends on it repeats.
 const ROUND_NANOS: u64 = 10_000;
 /// Rounds in which nothing moves after which an offline run is over.
@@ -170,7 +168,6 @@ impl Offline {
     /// Runs until every port is finished and nothing is inside.
     pub fn run(&mut self) {
         let mut quiet = 0;
-        let mut rounds = 0_u32;
         while quiet < QUIET {
             let mut moved = 0;
             if let Some(time) = &self.time {
@@ -179,11 +176,9 @@ impl Offline {
             for w in &mut self.workers {
                 moved += w.round();
             }
-            rounds = rounds.wrapping_add(1);
-            if rounds.is_multiple_of(OFFLINE_ROUNDS) {
-                self.control.tick();
-                self.control.settle_leases();
-            }
+            // Leases and edges keep up with every round, so that what is refused does not depend on how fast the disk is.
+            self.control.tick();
+            self.control.settle_leases();
             let idle = moved == 0 && self.workers.iter().all(Worker::finished);
             quiet = if idle { quiet + 1 } else { 0 };
         }
