@@ -24,6 +24,7 @@ pub mod port;
 pub mod qdma;
 pub mod quiesce;
 pub mod soe;
+pub mod supervisor;
 pub mod tap;
 pub mod virtio;
 pub mod vmxnet3;

@@ -108,6 +108,12 @@ impl Service {
             for device in pmd::quiesce::wanted_back() {
                 tracing::error!(%device, "the system wants the device back and waits: stop the gateway to release it");
             }
+            if pmd::supervisor::is_gone() {
+                tracing::error!(
+                    "the supervisor has died: stopping, as nobody would stop the devices after this process"
+                );
+                return Ended::Unhealthy;
+            }
             if let Some(why) = self.running.wait(Duration::from_millis(200)) {
                 return why;
             }

@@ -1,6 +1,9 @@
 //! `run`: the gateway itself.
 
+use std::os::fd::AsFd;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
+use std::process::Command;
 
 use clap::Args;
 use control::run::{Ended, StartError};
@@ -8,7 +11,7 @@ use sa_store::ledger::Balance;
 
 use super::Failure;
 use crate::app::{Offline, Service, ServiceError};
-use crate::config::{self, GatewayConfig, LogFormat};
+use crate::config::{self, GatewayConfig, LogFormat, PortKind};
 
 /// `run`
 #[derive(Debug, Args)]
@@ -25,6 +28,9 @@ pub(super) struct RunArgs {
     /// Print the final counters as JSON.
     #[arg(long, requires = "exit_when_idle")]
     json: bool,
+    /// Standard input is the socket of a supervisor, which started this process.
+    #[arg(long, hide = true)]
+    supervised: bool,
 }
 
 pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
@@ -38,6 +44,11 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
         )));
     }
     super::log_to_stderr(&config.log.level, config.log.format == LogFormat::Json);
+    if args.supervised {
+        attach_to_supervisor().map_err(Failure::failed)?;
+    } else if needs_supervisor(&config) {
+        return supervise();
+    }
     // Release builds abort: no destructor would stop the devices.
     pmd::quiesce::install_panic_hook();
     if args.exit_when_idle {
@@ -57,9 +68,47 @@ fn service(config: &GatewayConfig) -> Result<(), Failure> {
     let balance = service.stop().map_err(Failure::failed)?;
     balanced(&balance)?;
     match why {
-        Ended::Unhealthy => Err(Failure::failed("a worker has died; see the log")),
+        Ended::Unhealthy => Err(Failure::failed(
+            "a worker or the supervisor has died; see the log",
+        )),
         Ended::Asked | Ended::Signal => Ok(()),
     }
+}
+
+/// Whether a device may be left running when this process is killed: no IOMMU stands before memory that is freed then.
+fn needs_supervisor(config: &GatewayConfig) -> bool {
+    let unconfined = |k: &PortKind| matches!(k, PortKind::Vfio(nic) if nic.no_iommu);
+    config.ports.iter().any(|p| unconfined(&p.kind))
+}
+
+/// Runs this command again as a child of this process, which holds its devices and memory.
+fn supervise() -> Result<(), Failure> {
+    let program = std::env::current_exe().map_err(Failure::failed)?;
+    let mut gateway = Command::new(program);
+    gateway
+        .args(std::env::args_os().skip(1))
+        .arg("--supervised")
+        // The service manager's watchdog is the child's, not this process's.
+        .env_remove("WATCHDOG_PID");
+    let ended = pmd::supervisor::supervise(gateway, pmd::device::vfio::stop_orphan)
+        .map_err(|e| Failure::failed(format!("supervisor: {e}")))?;
+    if let Some(signal) = ended.signal() {
+        return Err(Failure::failed(format!(
+            "the gateway was ended by signal {signal}; its devices are stopped"
+        )));
+    }
+    match ended.code() {
+        Some(0) => Ok(()),
+        code => Err(Failure {
+            code: code.and_then(|c| u8::try_from(c).ok()).unwrap_or(1),
+            what: "the gateway ended with an error; its devices are stopped".into(),
+        }),
+    }
+}
+
+fn attach_to_supervisor() -> std::io::Result<()> {
+    let socket = std::io::stdin().as_fd().try_clone_to_owned()?;
+    pmd::supervisor::attach(socket)
 }
 
 fn offline(config: &GatewayConfig, json: bool) -> Result<(), Failure> {

@@ -253,6 +253,56 @@ impl DeviceFile {
     }
 }
 
+/// Stops a device whose owner has ended, by a duplicate of its file: bus-master off, which is read back, and a reset.
+///
+/// # Errors
+/// [`DeviceError::Gone`] when it does not answer any more; what the system answers, or that bus-master stays on: the device may
+/// still reach memory then.
+pub fn stop_orphan(file: &File) -> Result<(), DeviceError> {
+    let fd = file.as_fd();
+    let info = sys::device_info(fd).map_err(DeviceError::system("device information"))?;
+    let can_reset = info.flags & VFIO_DEVICE_FLAGS_RESET != 0;
+    let reset = || sys::reset(fd).map_err(DeviceError::system("reset"));
+    if info.flags & VFIO_DEVICE_FLAGS_PCI == 0 {
+        // No switch but its reset.
+        return if can_reset {
+            reset()
+        } else {
+            Err(DeviceError::Unsupported("reset"))
+        };
+    }
+    let space = sys::region(fd, VFIO_PCI_CONFIG_REGION_INDEX)
+        .map_err(DeviceError::system("region information"))?;
+    let command = || {
+        let mut bytes = [0; 2];
+        file.read_exact_at(&mut bytes, space.offset + COMMAND as u64)
+            .map_err(DeviceError::system("read configuration space"))?;
+        Ok(u32::from(u16::from_le_bytes(bytes)))
+    };
+    let switch_off = || {
+        let now = command()?;
+        if now == 0xffff {
+            return Err(DeviceError::Gone);
+        }
+        let [low, high, ..] = (now & !COMMAND_BUS_MASTER).to_le_bytes();
+        file.write_all_at(&[low, high], space.offset + COMMAND as u64)
+            .map_err(DeviceError::system("write configuration space"))?;
+        if command()? & COMMAND_BUS_MASTER != 0 {
+            return Err(DeviceError::Timeout("bus-master stays on"));
+        }
+        Ok(())
+    };
+    switch_off()?;
+    if can_reset {
+        // Also ends what was under way. The kernel restores the command register, hence off before and looked at after.
+        if let Err(error) = reset() {
+            tracing::warn!(%error, "bus-master is off, but the device is not reset");
+        }
+        switch_off()?;
+    }
+    Ok(())
+}
+
 /// Interrupts that the device has, the best kind first.
 fn kinds(device: BorrowedFd<'_>, is_pci: bool, indexes: u32) -> Vec<(u32, usize)> {
     let candidates: Vec<u32> = if is_pci {

@@ -10,6 +10,7 @@ use crate::device::iova::IovaSpace;
 use crate::device::map::{Mapper, MemoryRange, Translation};
 use crate::device::memory::HUGE_PAGE;
 use crate::device::{DeviceError, IovaClass};
+use crate::supervisor;
 
 /// The container's address space.
 pub(super) struct IommuMapper {
@@ -58,6 +59,7 @@ impl Mapper for IommuMapper {
         }
         // Aligned so that the IOMMU can use pages as large as the memory's own.
         let align = memory.page.max(HUGE_PAGE) as u64;
+        supervisor::keep_memory(memory.file)?;
         let iova = self.lock().allocate(memory.len as u64, align, class)?;
         // SAFETY: the caller promises what this call asks: the memory stays, and is not behind references meanwhile.
         let mapped = unsafe {

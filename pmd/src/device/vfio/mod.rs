@@ -15,6 +15,7 @@ use super::heap::DmaSpace;
 use super::memory::Pages;
 use super::{ArenaMap, Device, DeviceError, DmaMem, IovaClass, Mmio, PciInfo};
 use crate::arena::Arena;
+use crate::supervisor;
 
 #[cfg(test)]
 mod bed;
@@ -24,6 +25,7 @@ mod noiommu;
 mod sys;
 
 use fd::DeviceFile;
+pub use fd::stop_orphan;
 
 /// Whether a device may be used without an IOMMU between it and memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -99,6 +101,7 @@ impl VfioDevice {
                 "use without an IOMMU (allow it with no_iommu = true)",
             ));
         };
+        supervisor::keep_device(name, file.as_fd())?;
         let device = VfioDevice {
             name: name.into(),
             numa_node: numa_node(&sysfs),

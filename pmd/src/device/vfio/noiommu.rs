@@ -3,7 +3,7 @@
 //! Addresses are physical ones, read from `/proc/self/pagemap` (needs CAP_SYS_ADMIN). Only reserved huge pages are used: the
 //! kernel may move any other page, locked or not. The group's file needs CAP_SYS_RAWIO and the kernel must have been built
 //! with VFIO_NOIOMMU and told `enable_unsafe_noiommu_mode`. A device that is still running when this process ends goes on
-//! writing, hence the supervisor of the gateway.
+//! writing, hence the [supervisor](crate::supervisor) of the gateway.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -19,6 +19,7 @@ use super::sys;
 use crate::device::map::{Mapper, MemoryRange, Translation};
 use crate::device::memory::HUGE_PAGE;
 use crate::device::{DeviceError, IovaClass};
+use crate::supervisor;
 
 const SMALL_PAGE: usize = 4096;
 
@@ -125,6 +126,8 @@ impl Mapper for PhysicalMapper {
         if memory.page < HUGE_PAGE || !memory.base.addr().get().is_multiple_of(memory.page) {
             return Err(DeviceError::NeedsHugePages);
         }
+        // Before the device learns an address: pages that outlive this process while the device may write to them.
+        supervisor::keep_memory(memory.file)?;
         let mut table = Vec::with_capacity(memory.len / memory.page);
         for at in (0..memory.len).step_by(memory.page) {
             let address = self.physical(memory.base.addr().get() + at)?;
