@@ -13,8 +13,8 @@
 
 use std::sync::Arc;
 
-use super::gigabit::*;
-use super::port::{Chip, CounterRegister, Filter, IntelPort, Plan};
+use super::gigabit::{self, *};
+use super::port::{Chip, CounterRegister, Fault, Filter, IntelPort, Plan};
 use super::regs::{Regs, is_station, mac_of};
 use super::ring::Format;
 use crate::device::pci::CAP_MSIX;
@@ -296,6 +296,10 @@ impl Chip for E1000e {
     fn set_filter(&self, filter: Filter) -> Result<(), DeviceError> {
         set_filter(&self.regs, filter);
         Ok(())
+    }
+
+    fn fault(&self) -> Option<Fault> {
+        gigabit::fault(&self.regs)
     }
 
     fn link(&self) -> Option<Link> {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::port::{CounterRegister, Counts, Filter};
+use super::port::{CounterRegister, Counts, Fault, Filter};
 use super::regs::Regs;
 use crate::device::DeviceError;
 use crate::nic::Link;
@@ -162,6 +162,13 @@ pub(super) fn set_filter(regs: &Regs, filter: Filter) {
         RCTL_UNICAST_PROMISCUOUS | RCTL_MULTICAST_PROMISCUOUS,
         bits,
     );
+}
+
+/// Whether the device still receives and transmits, as it was told.
+pub(super) fn fault(regs: &Regs) -> Option<Fault> {
+    let (rx, tx) = (regs.read(RCTL), regs.read(TCTL));
+    let enabled = rx & RCTL_ENABLE != 0 && tx & TCTL_ENABLE != 0;
+    (!enabled).then_some(Fault::ForeignReset)
 }
 
 /// State of the link; `None` when the device does not answer.

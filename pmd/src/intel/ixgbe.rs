@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::gigabit::counter;
-use super::port::{Chip, CounterRegister, Counts, Filter, IntelPort, Plan};
+use super::port::{Chip, CounterRegister, Counts, Fault, Filter, IntelPort, Plan};
 use super::regs::{Regs, is_station, mac_of};
 use super::ring::Format;
 use crate::device::{Device, DeviceError};
@@ -441,6 +441,11 @@ impl Chip for Ixgbe {
         }
         self.regs.write(FCTRL, bits);
         Ok(())
+    }
+
+    fn fault(&self) -> Option<Fault> {
+        let enabled = self.regs.read(RXCTRL) & RXCTRL_ENABLE != 0;
+        (!enabled).then_some(Fault::ForeignReset)
     }
 
     fn link(&self) -> Option<Link> {

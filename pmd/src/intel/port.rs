@@ -124,15 +124,18 @@ pub(super) enum Fault {
     TransmitHang,
     /// The physical function was reset beneath its virtual functions.
     ParentReset,
+    /// Receive or transmit is off although nobody here did that: the device was reset by somebody else.
+    ForeignReset,
     /// The device could not be started again.
     Restart,
 }
 
 impl Fault {
-    const ALL: [(Fault, &'static str); 4] = [
+    const ALL: [(Fault, &'static str); 5] = [
         (Fault::Gone, "no_answer"),
         (Fault::TransmitHang, "transmit_hang"),
         (Fault::ParentReset, "parent_reset"),
+        (Fault::ForeignReset, "foreign_reset"),
         (Fault::Restart, "restart_failed"),
     ];
 }

@@ -141,7 +141,10 @@ impl IntelQueue {
     #[cold]
     fn look(&mut self) {
         let now = Instant::now();
-        if now.duration_since(self.checked) < CHECK_EVERY {
+        // Registers tell nothing while the device is being reset.
+        if now.duration_since(self.checked) < CHECK_EVERY
+            || self.shared.phase_number() != self.phase
+        {
             return;
         }
         self.checked = now;

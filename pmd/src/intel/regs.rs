@@ -6,6 +6,8 @@ use crate::device::{DeviceError, Mmio};
 
 /// How long to sleep between two looks at a register.
 const STEP: Duration = Duration::from_micros(50);
+/// Least number of looks before a wait is given up.
+const LOOKS: u32 = 50;
 
 /// The 32-bit registers of one device.
 #[derive(Debug, Clone)]
@@ -67,12 +69,16 @@ impl Regs {
         what: &'static str,
     ) -> Result<(), DeviceError> {
         let end = Instant::now() + limit;
+        let mut looks = 0;
         loop {
+            // A thread that was not running for a while must look some more before it gives up.
+            looks += 1;
+            let over = Instant::now() >= end && looks > LOOKS;
             let value = self.read(offset);
             if value != u32::MAX && value & mask == want {
                 return Ok(());
             }
-            if Instant::now() >= end {
+            if over {
                 return Err(if value == u32::MAX {
                     DeviceError::Gone
                 } else {

@@ -301,6 +301,28 @@ fn a_device_that_does_not_answer_is_found_and_used_again_when_it_does() {
     }
 }
 
+/// By the kernel, say: `echo 1 > /sys/bus/pci/devices/…/reset`.
+#[test]
+fn a_device_that_somebody_else_has_reset_is_set_up_again() {
+    for (family, enable) in [
+        (Family::E1000e, 0x0100),
+        (Family::Igb, 0x0400),
+        (Family::Ixgbe, 0x3000),
+    ] {
+        let mut bed = Bed::open(family, 1, 1500);
+        bed.send(0, &[frame(64, 1)]);
+        bed.model.set_register(enable, 0);
+        bed.until(|b| {
+            b.error_count("foreign_reset") == 1
+                && b.model.register(enable) & 3 != 0
+                && b.model.register(bed_rx_tail(family)) != 0
+        });
+        assert!(bed.model.receive(0, &frame(64, 9), 2048));
+        assert_eq!(bed.poll(0), [frame(64, 9)], "{family:?}");
+        bed.close();
+    }
+}
+
 fn bed_rx_tail(family: Family) -> usize {
     match family {
         Family::E1000e => 0x2818,

@@ -21,6 +21,8 @@ use super::{DeviceCounters, Fault};
 
 /// Least time between two starts of a device that fails.
 const PAUSE: Duration = Duration::from_millis(100);
+/// Time between two looks at whether the device still does what it is told.
+const CHECK_EVERY: Duration = Duration::from_millis(500);
 /// Bit 0 of the state word: the device runs. The rest is the epoch.
 const RUNNING: u64 = 1;
 
@@ -63,6 +65,7 @@ pub(super) struct Inner {
     /// Counters of earlier lives of the device, and those of this one when they were last read.
     before: DeviceCounters,
     last_start: Option<Instant>,
+    checked: Instant,
 }
 
 pub(super) struct Adapter {
@@ -139,6 +142,7 @@ impl Adapter {
                 },
                 before: DeviceCounters::default(),
                 last_start: None,
+                checked: Instant::now(),
             }),
             closed: AtomicBool::new(false),
             link: AtomicU32::new(0),
@@ -199,6 +203,7 @@ impl Adapter {
             Ok(()) => {
                 if inner.last_start.replace(now).is_some() {
                     self.restarts.fetch_add(1, Ordering::Relaxed);
+                    tracing::warn!(port = %self.name, "device reset and running again");
                 }
                 inner.phase = Phase::Running;
                 self.state.fetch_or(RUNNING, Ordering::AcqRel);
@@ -275,6 +280,24 @@ impl Adapter {
     pub(super) fn poll_events(&self) {
         if self.shared.read32(SHARED_EVENTS) != 0 {
             self.handle_events();
+        }
+    }
+
+    /// Looks, now and then, whether the device still does what it is told. One that was reset by somebody else does not write
+    /// its counters when asked to; nothing else tells.
+    pub(super) fn check(&self) {
+        let mut inner = self.lock();
+        if !self.answers(&inner) || inner.checked.elapsed() < CHECK_EVERY {
+            return;
+        }
+        inner.checked = Instant::now();
+        // Packets sent with segmentation offload, of which there are none.
+        self.queues.write64(Q_STATS, u64::MAX);
+        self.command(&inner, GET_STATS);
+        let written = self.queues.read64(Q_STATS) != u64::MAX;
+        drop(inner);
+        if !written {
+            self.trip(Some(Fault::Inactive));
         }
     }
 

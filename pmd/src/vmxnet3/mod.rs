@@ -132,17 +132,20 @@ pub(crate) enum Fault {
     RxLength,
     /// It stopped a queue and said that this is an error.
     QueueStopped,
+    /// It does not do what it is told: somebody else has reset it.
+    Inactive,
     /// It did not start.
     Start,
 }
 
 impl Fault {
-    const ALL: [Fault; 6] = [
+    const ALL: [Fault; 7] = [
         Fault::TxIndex,
         Fault::RxRing,
         Fault::RxIndex,
         Fault::RxLength,
         Fault::QueueStopped,
+        Fault::Inactive,
         Fault::Start,
     ];
 
@@ -153,6 +156,7 @@ impl Fault {
             Fault::RxIndex => "rx_completion_of_idle_descriptor",
             Fault::RxLength => "rx_longer_than_buffer",
             Fault::QueueStopped => "queue_stopped",
+            Fault::Inactive => "inactive",
             Fault::Start => "start_failed",
         }
     }

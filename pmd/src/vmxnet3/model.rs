@@ -121,6 +121,11 @@ impl Model {
         self.lock().active
     }
 
+    /// Resets the device beneath its driver.
+    pub fn reset_by_others(&self) {
+        self.lock().active = false;
+    }
+
     /// Commands so far.
     pub fn commands(&self) -> Vec<u32> {
         self.lock().commands.clone()
@@ -383,7 +388,7 @@ impl Model {
                 state.rss_fields = self.word(at);
                 u32::from(state.revision < 8)
             }
-            0xf00d_0001 => {
+            0xf00d_0001 if state.active => {
                 let count = state.queues.len();
                 for (n, q) in state.queues.iter().enumerate() {
                     for (kind, counters) in [(0, &q.tx_counters), (1, &q.rx_counters)] {

@@ -15,6 +15,8 @@ use super::tx::TxRing;
 
 /// Bursts between two looks at the device's events when there is no pause.
 const EVENTS_EVERY: u32 = 256;
+/// Bursts between two looks at whether the device still does what it is told, which are slow.
+const CHECK_EVERY: u32 = 1 << 14;
 
 /// One queue pair of a [`super::Vmxnet3Port`].
 pub struct Vmxnet3Queue {
@@ -110,6 +112,9 @@ impl Vmxnet3Queue {
         if self.bursts.is_multiple_of(EVENTS_EVERY) {
             self.adapter.poll_events();
         }
+        if self.bursts.is_multiple_of(CHECK_EVERY) {
+            self.adapter.check();
+        }
     }
 
     #[cold]
@@ -189,6 +194,8 @@ impl PortQueue for Vmxnet3Queue {
     }
 
     fn arm(&mut self) {
+        // A worker that sleeps makes no bursts: this is when it looks.
+        self.adapter.check();
         let Some(fd) = &self.interrupt else { return };
         let mut count = [0; 8];
         // Fails when nothing fired since the last time.

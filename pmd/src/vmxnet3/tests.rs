@@ -346,6 +346,24 @@ fn a_stopped_queue_restarts_the_device_and_loses_no_frame() {
     s.end();
 }
 
+/// By the kernel, say: `echo 1 > /sys/bus/pci/devices/…/reset`.
+#[test]
+fn a_device_that_somebody_else_has_reset_is_started_again() {
+    let mut s = set();
+    s.model.reset_by_others();
+    let end = Instant::now() + Duration::from_secs(5);
+    while s.error("inactive") == 0 {
+        assert!(Instant::now() < end);
+        s.queues[0].arm();
+    }
+    s.recover();
+    assert_eq!(s.control.restarts(), 1);
+    let f = pattern(500, 1);
+    assert!(s.model.receive(0, &f));
+    assert_eq!(s.received(0), [f]);
+    s.end();
+}
+
 #[test]
 fn sleeping_workers_are_woken_to_restart() {
     let mut s = set_with(1, 2, Vmxnet3Config::default());

@@ -32,6 +32,7 @@ use super::{
 };
 use crate::arena::Arena;
 
+pub mod fuzz;
 mod wire;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::thread;
@@ -263,58 +263,6 @@ fn a_server_that_goes_leaves_errors_behind() {
     assert!(VfioUserDevice::connect(Path::new("/nowhere/at/all")).is_err());
 }
 
-/// Answers each request: with the given bytes as the reply's body and the given changes of its head, over and over.
-fn hostile(mut stream: UnixStream, script: &[(Vec<u8>, u8, u32)]) {
-    let mut answers = script.iter().cycle();
-    loop {
-        let mut head = [0; 16];
-        if stream.read_exact(&mut head).is_err() {
-            return;
-        }
-        let size = u32::from_ne_bytes([head[4], head[5], head[6], head[7]]);
-        let mut body = vec![0; (size as usize).saturating_sub(16)];
-        if stream.read_exact(&mut body).is_err() {
-            return;
-        }
-        let Some((answer, twist, value)) = answers.next() else {
-            return;
-        };
-        let command = head[2];
-        // Believable first: version 0.1, a PCI device; then whatever the script says.
-        let mut reply = match command {
-            1 => vec![0, 0, 1, 0],
-            4 => words(&[16, 2, 9, 5]),
-            9 => {
-                let n = usize::from(body[12].min(8));
-                body[..16]
-                    .iter()
-                    .copied()
-                    .chain(answer.iter().copied().cycle().take(n))
-                    .collect()
-            }
-            _ => answer.clone(),
-        };
-        if *twist == 7 {
-            reply = answer.clone();
-        }
-        let size = u32::try_from(16 + reply.len()).unwrap();
-        head[4..8].copy_from_slice(&size.to_ne_bytes());
-        head[8..12].copy_from_slice(&1u32.to_ne_bytes());
-        match twist {
-            1 => head[0] ^= 1,
-            2 => head[2] ^= 1,
-            3 => head[4..8].copy_from_slice(&value.to_ne_bytes()),
-            4 => head[8..12].copy_from_slice(&value.to_ne_bytes()),
-            5 => head[8..16].copy_from_slice(&[33, 0, 0, 0, 22, 0, 0, 0]),
-            6 => return,
-            _ => {}
-        }
-        if stream.write_all(&head).is_err() || stream.write_all(&reply).is_err() {
-            return;
-        }
-    }
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
     #[test]
@@ -331,21 +279,6 @@ proptest! {
             any::<u32>(),
         ), 1..20),
     ) {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let server = thread::spawn(move || hostile(theirs, &script));
-        if let Ok(device) = VfioUserDevice::over(ours, "hostile", Duration::from_millis(200)) {
-            for index in 0..9 {
-                if let Ok(region) = device.region(index) {
-                    region.write32(0, region.read32(4));
-                }
-            }
-            let _ = device.enable_msix(2);
-            if let Ok(memory) = device.dma_alloc(64, 64, IovaClass::Any) {
-                memory.write64(0, 1);
-                prop_assert_eq!(memory.read64(0), 1);
-            }
-            let _ = device.reset();
-        }
-        server.join().unwrap();
+        super::fuzz::serve(script);
     }
 }

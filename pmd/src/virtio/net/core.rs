@@ -295,6 +295,7 @@ impl Adapter {
             Ok(()) => {
                 if !first {
                     self.counts.restarts.fetch_add(1, Relaxed);
+                    tracing::warn!(port = %self.options.name, "device reset and running again");
                 }
                 self.state.fetch_or(1, AcqRel);
                 true

@@ -29,6 +29,7 @@ use crate::pool::Pool;
 use crate::port::{MacAddr, Port, PortError, PortInfo, PortQueue, check_queues};
 
 mod core;
+pub mod fuzz;
 pub mod model;
 mod queue;
 #[cfg(test)]
@@ -208,7 +209,11 @@ impl VirtioNetPort {
         let control = if self.features & feature::NET_CTRL_VQ != 0 {
             // Behind all the pairs that the device has, used or not.
             let queue = if self.features & feature::NET_MQ != 0 {
-                2 * self.transport.config.read16(CONFIG_MAX_PAIRS)
+                self.transport
+                    .config
+                    .read16(CONFIG_MAX_PAIRS)
+                    .checked_mul(2)
+                    .ok_or(DeviceError::Broken("more queues than can be".into()))?
             } else {
                 2
             };

@@ -226,6 +226,18 @@ impl Model {
         self.put(&mut state, queue, packed, id, written, 1);
     }
 
+    /// Writes into one of a queue's three areas, near its start.
+    pub fn scribble(&self, queue: u16, area: usize, offset: u64, value: u64) {
+        let state = self.lock();
+        let queue = state.queues.get(usize::from(queue));
+        if let Some(queue) = queue.filter(|q| q.enabled && self.bus.bus_master()) {
+            let room = 16 * u64::from(queue.size.max(1));
+            let at = queue.areas[area % 3] + offset % room / 8 * 8;
+            // What cannot be written is the bus's to count.
+            let _ = self.bus.write_u64(at, value);
+        }
+    }
+
     /// Sends up to `most` frames of a pair.
     pub fn transmit(&self, pair: u16, most: usize) -> Vec<Vec<u8>> {
         let mut state = self.lock();

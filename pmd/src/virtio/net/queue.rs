@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
 
 use super::core::Adapter;
 use crate::device::ArenaMap;
@@ -16,6 +17,9 @@ use crate::virtio::ring::{Buffer, DriverRing};
 
 /// Shortest frame worth having: an Ethernet header.
 const SHORTEST: usize = 14;
+/// A frame that is longer on its way out has been forgotten: the device is told once more. QEMU's packed rings lose the place
+/// at which they want to be told when the link goes down.
+const FORGOTTEN: Duration = Duration::from_millis(50);
 /// Idle rounds between two looks at the device's status, which is slow to read.
 const CHECK_EVERY: u32 = 1 << 14;
 
@@ -38,6 +42,9 @@ pub struct VirtioNetQueue {
     /// Largest received frame.
     largest: usize,
     rounds: u32,
+    /// Frames that came back from sending, and what that number was when it last changed.
+    returned: u32,
+    progress: (u32, Instant),
     stats: Arc<PortQueueStats>,
 }
 
@@ -72,6 +79,8 @@ impl VirtioNetQueue {
             armed: false,
             largest,
             rounds: 0,
+            returned: 0,
+            progress: (0, Instant::now()),
             stats: Arc::default(),
         }
     }
@@ -245,9 +254,28 @@ impl VirtioNetQueue {
             };
             // SAFETY: the device has reported the buffer as used.
             match unsafe { self.tx_frames.take(id.into()) } {
-                Ok(frame) => pool.put(frame),
+                Ok(frame) => {
+                    self.returned = self.returned.wrapping_add(1);
+                    pool.put(frame);
+                }
                 Err(error) => return self.broken(&error),
             }
+        }
+    }
+
+    /// Looks whether the device still works, and reminds it of frames that it has not sent.
+    #[cold]
+    fn look(&mut self) {
+        self.adapter.check();
+        let now = Instant::now();
+        if self.tx_frames.held() == 0 || self.progress.0 != self.returned {
+            self.progress = (self.returned, now);
+        } else if now.duration_since(self.progress.1) >= FORGOTTEN
+            && let Some(rings) = &self.rings
+            && self.adapter.state() == self.current
+        {
+            rings.tx_bell.ring(&rings.tx);
+            self.progress.1 = now;
         }
     }
 }
@@ -269,7 +297,7 @@ impl PortQueue for VirtioNetQueue {
         } else {
             self.rounds = self.rounds.wrapping_add(1);
             if self.rounds.is_multiple_of(CHECK_EVERY) {
-                self.adapter.check();
+                self.look();
             }
         }
         n
@@ -343,7 +371,7 @@ impl PortQueue for VirtioNetQueue {
         let _ = nix::unistd::read(fd, &mut count);
         rings.rx.arm();
         self.armed = true;
-        self.adapter.check();
+        self.look();
     }
 
     fn stats(&self) -> &Arc<PortQueueStats> {

@@ -321,3 +321,31 @@ fn settings_that_cannot_be_are_refused() {
         Some(PortError::Setting { .. })
     ));
 }
+
+#[test]
+fn a_device_that_forgets_what_it_was_given_is_reminded() {
+    both(|mut set| {
+        set.send(0, &[packet(0, 60)]);
+        set.queues[0].arm();
+        let before = set.model.kicks(1);
+        std::thread::sleep(Duration::from_millis(60));
+        set.queues[0].arm();
+        assert_eq!(set.model.kicks(1), before + 1);
+        set.model.transmit(0, 1);
+        set.queues[0].flush(&mut set.pool);
+        std::thread::sleep(Duration::from_millis(60));
+        set.queues[0].arm();
+        assert_eq!(set.model.kicks(1), before + 1, "nothing is on its way");
+        set.close();
+    });
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+    #[test]
+    fn no_nonsense_of_the_device_loses_a_frame(
+        data in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..400),
+    ) {
+        super::fuzz::fuzz_device(&data);
+    }
+}

@@ -32,6 +32,7 @@ use crate::nic::{Link, NicControl};
 use crate::port::{MacAddr, Port, PortError, PortInfo, PortQueue, check_queues};
 
 pub mod cell;
+pub mod fuzz;
 mod guard;
 pub mod memory;
 pub mod message;
