@@ -8,6 +8,8 @@ grep "port open" /tmp/gateway.log | sed 's/.*port open/  port open/'
 running_off_and_on() { for d in $lan_nic $wan_nic; do bus_master $d && failed "$d may still transfer $1"; done; true; }
 
 echo "== flood, both families, both directions"
+# Losses of the start are counted when traffic next comes by: a little of it, so that they are not taken for later ones.
+ns lan $ping -q -c 4 -i 0.2 10.2.0.1 > /dev/null
 mark before
 for size in 56 512; do flood $size $((packets / 12)) 64; done
 # The kernel drops echo replies of its own beyond some 130 KB.
@@ -54,10 +56,10 @@ echo "== unbound under load"
 load
 echo $wan_nic > /sys/bus/pci/drivers/vfio-pci/unbind & taken=$!
 until_true 10 logged "wants .* back" || failed "the gateway does not say that the device is wanted back"
-[ -e /sys/bus/pci/devices/$wan_nic/driver ] || failed "the device was taken away under a running gateway"
+[ -d /proc/$taken ] || failed "the device was taken away under a running gateway"
 reach "while the system waits for the device"
 stop; wait $taken; quiet
-[ -e /sys/bus/pci/devices/$wan_nic/driver ] && failed "the device was not released"
+bus_master $wan_nic && failed "it may still transfer"
 echo $wan_nic > /sys/bus/pci/drivers/vfio-pci/bind || failed "the device is not taken back"
 
 echo "== unplugged under load"

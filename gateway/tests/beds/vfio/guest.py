@@ -336,6 +336,10 @@ def boot(options, output=sys.stdout):
                     print(line, file=output, flush=True)
                 if found := re.search(r"BED: exit (\d+)", line):
                     status = int(found[1])
+                    # A kernel that waits for a device does not power off.
+                    watchdog.cancel()
+                    watchdog = threading.Timer(5, guest.kill)
+                    watchdog.start()
                 if found := re.search(r"BED: monitor (.*)", line):
                     monitor.sendall(found[1].encode() + b"\n")
             guest.wait()

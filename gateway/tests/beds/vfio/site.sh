@@ -194,7 +194,8 @@ load() {
     ns lan $ping -f -q -l 16 -s 512 fd02::1 > /tmp/load6 & load6=$!
     sleep 1
 }
-quiet() { kill -INT $load4 $load6 2>/dev/null; wait $load4 $load6; }
+# The shells in between ignore the signal, so it is sent to all pings of the guest.
+quiet() { killall -INT ping; wait $load4 $load6; }
 
 # All counters of now, for the account that the host side draws up between two marks.
 mark() {
