@@ -11,9 +11,10 @@ echo "== flood, both families, both directions"
 # Losses of the start are counted when traffic next comes by: a little of it, so that they are not taken for later ones.
 ns lan $ping -q -c 4 -i 0.2 10.2.0.1 > /dev/null
 mark before
-for size in 56 512; do flood $size $((packets / 12)) 64; done
-# The kernel drops echo replies of its own beyond some 130 KB.
-flood $((mtu - 200)) $((packets / 12)) 4
+# Echo requests for each family and size. The kernel drops echo replies of its own beyond some 130 KB, hence few large ones at once.
+small=$((packets / 8)) large=$((small < 500 ? small : 500))
+for size in 56 512; do flood $size $small 64; done
+flood $((mtu - 200)) $large 4
 mark after
 
 echo "== idle: a sleeping worker, woken by interrupts"

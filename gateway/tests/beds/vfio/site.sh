@@ -199,7 +199,10 @@ quiet() { killall -INT ping; wait $load4 $load6; }
 
 # All counters of now, for the account that the host side draws up between two marks.
 mark() {
-    sleep 1
+    before=
+    while now="$(ns lan $ip -s -j link show eth0) $(ns peer $ip -s -j link show eth1)"; [ "$now" != "$before" ]; do
+        before=$now; sleep 1
+    done
     echo "MARK $1 gateway $($esplanade stats --json --socket /tmp/api.sock | tr -d ' \n')"
     echo "MARK $1 lan $(ns lan $ip -s -j link show eth0)"
     echo "MARK $1 peer $(ns peer $ip -s -j link show eth1)"
