@@ -128,7 +128,7 @@ pub fn measure(clock: &Clock, rates: &Rates, effort: &Effort) -> Result<Vec<Port
 /// Prints the table.
 pub fn print(costs: &[PortCost]) {
     println!(
-        "{:<22} {:>5} {:>9} {:>17} {:>8} {:>8} {:>7} {:>9}",
+        "{:<26} {:>5} {:>9} {:>17} {:>8} {:>8} {:>7} {:>9}",
         "port", "size", "ns", "range", "TSC", "core", "burst", "x memory"
     );
     for cost in costs {
@@ -137,7 +137,7 @@ pub fn print(costs: &[PortCost]) {
             .find(|c| c.size == cost.size && c.port == "memory")
             .map_or(f64::NAN, |c| c.ns);
         println!(
-            "{:<22} {:>5} {:>9.1} {:>8.1}-{:<8.1} {:>8.0} {:>8.0} {:>7.1} {:>8.1}x",
+            "{:<26} {:>5} {:>9.1} {:>8.1}-{:<8.1} {:>8.0} {:>8.0} {:>7.1} {:>8.1}x",
             format!("{} ({})", cost.port, cost.other_side),
             cost.size,
             cost.ns,

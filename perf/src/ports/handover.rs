@@ -5,8 +5,8 @@
 //! which takes what came and hands it back: a packet crosses twice while each CPU does both halves once, so the time per
 //! packet on one CPU is again both halves, with the lines now coming from the other CPU's cache.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Barrier};
 
 use anyhow::{Context, Result, bail};
 use gateway::wire::{NattPorts, Parsed, parse};
@@ -129,15 +129,19 @@ fn two_cpus(
     let mut ends = Handover::mesh(2, SLOTS)?;
     let (theirs, mut ours) = (ends.pop().context("ends")?, ends.pop().context("ends")?);
     let (all, stop) = (frames.len(), AtomicBool::new(false));
+    // A thread begins on the CPU of its parent, which must not spin there before the thread has moved.
+    let there = Barrier::new(2);
     std::thread::scope(|scope| {
         let echo = scope.spawn(|| {
-            machine::pin(Some(other));
+            let pinned = machine::pin(Some(other));
+            there.wait();
             let mut end = theirs;
             while !stop.load(Relaxed) {
                 round(&mut end, 0, parsed);
             }
-            end
+            pinned.map(|_| end)
         });
+        there.wait();
         for frame in frames.drain(..) {
             ours.stage(1, handed(frame, parsed));
         }
@@ -158,7 +162,8 @@ fn two_cpus(
         stop.store(true, Relaxed);
         let mut end = echo
             .join()
-            .map_err(|_| anyhow::anyhow!("the other worker panicked"))?;
+            .map_err(|_| anyhow::anyhow!("the other worker panicked"))?
+            .with_context(|| format!("no thread can be pinned to CPU {other}"))?;
         // Home, wherever they are.
         ours.receive(usize::MAX, |h| frames.push(h.frame));
         end.receive(usize::MAX, |h| frames.push(h.frame));

@@ -17,6 +17,8 @@ use crate::virtio::ring::{Areas, Buffer, DriverRing, Format, RingOptions, area_s
 
 /// Least time between two starts, so that a device that fails at once does not keep the workers busy.
 const RESTART: Duration = Duration::from_millis(100);
+/// The same after a start that failed: the device may be gone.
+const RETRY: Duration = Duration::from_secs(1);
 /// Longest wait for the answer to a control command.
 const CONTROL_PATIENCE: Duration = Duration::from_millis(200);
 
@@ -97,6 +99,7 @@ struct Inner {
     /// Queues that have not taken their frames back.
     missing: usize,
     last_start: Option<Instant>,
+    failed: bool,
     promiscuous: bool,
     control: Option<ControlQueue>,
 }
@@ -141,6 +144,7 @@ impl Adapter {
             inner: Mutex::new(Inner {
                 missing: pairs,
                 last_start: None,
+                failed: false,
                 promiscuous: options.promiscuous,
                 control: None,
             }),
@@ -286,12 +290,15 @@ impl Adapter {
         if self.runs() {
             return true;
         }
-        let recently = inner.last_start.is_some_and(|t| t.elapsed() < RESTART);
+        let pause = if inner.failed { RETRY } else { RESTART };
+        let recently = inner.last_start.is_some_and(|t| t.elapsed() < pause);
         if inner.missing > 0 || recently || self.closed.load(Acquire) {
             return false;
         }
         let first = inner.last_start.replace(Instant::now()).is_none();
-        match self.bring_up(inner) {
+        let result = self.bring_up(inner);
+        inner.failed = result.is_err();
+        match result {
             Ok(()) => {
                 if !first {
                     self.counts.restarts.fetch_add(1, Relaxed);
