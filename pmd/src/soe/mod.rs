@@ -29,7 +29,7 @@ pub(crate) mod tests;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use sa_store::counters::Counter;
 use sa_store::runtime::SaEntry;
@@ -47,14 +47,14 @@ use flow::{Meta, Request};
 use slots::Slots;
 use window::Window;
 
-/// A result that has not come by then is lost.
-const PATIENCE: u64 = 1_000_000_000;
 /// Time between two looks for lost results.
 const SWEEP: u64 = 100_000_000;
 /// A loss rate is judged over this time,
 const JUDGED_OVER: u64 = 1_000_000_000;
 /// and over at least this many requests.
 const JUDGED_FROM: u64 = 100;
+/// Longest [`SoeConfig::patience`].
+pub const MOST_PATIENCE: Duration = Duration::from_nanos(slots::REST);
 /// The name in logs and metrics.
 pub const NAME: &str = "soe";
 
@@ -65,6 +65,8 @@ pub struct SoeConfig {
     pub instance: u8,
     /// Jobs per SA that may wait for a place in the engine.
     pub waiting: usize,
+    /// A result that has not come by then is lost. At most [`MOST_PATIENCE`], as slots rest only so long.
+    pub patience: Duration,
     /// Lost requests in 10 000 above which the engine is not trusted any more.
     pub most_lost: u64,
     /// How what is unknown is read.
@@ -76,6 +78,7 @@ impl Default for SoeConfig {
         Self {
             instance: 0,
             waiting: 128,
+            patience: Duration::from_secs(1),
             most_lost: 100,
             assume: Assumptions::default(),
         }
@@ -241,6 +244,7 @@ impl SoeEngine {
         clock: Clock,
     ) -> Result<SoeEngine, SoeError> {
         config.assume = config.assume.bounded();
+        config.patience = config.patience.min(MOST_PATIENCE);
         let window = Window::new(regs, config.assume.scrub_staging)?;
         window.start(config.assume.slots)?;
         if !hub.lock().attach_engine() {

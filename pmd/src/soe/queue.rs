@@ -3,7 +3,7 @@
 use super::flow::{Answer, Meta, Request, Seen};
 use super::record::LARGEST;
 use super::slots::{Carried, State};
-use super::{Health, JUDGED_FROM, JUDGED_OVER, Judged, NAME, PATIENCE, SWEEP, SoeEngine};
+use super::{Health, JUDGED_FROM, JUDGED_OVER, Judged, NAME, SWEEP, SoeEngine};
 use crate::engine::{EspJob, JobKind, JobStatus};
 use crate::frame::Frame;
 use crate::qdma::hop::{Action, descriptor};
@@ -227,8 +227,9 @@ impl SoeEngine {
 
     /// What comes up only now and then: lost results, limits, interrupts, slots to be vacated, trust.
     fn sweep(&mut self, now: u64, hub: &mut Hub) {
+        let patience = u64::try_from(self.config.patience.as_nanos()).unwrap_or(u64::MAX);
         for slot in &mut self.slots.list {
-            slot.flow.expire(now, PATIENCE, &mut self.lost);
+            slot.flow.expire(now, patience, &mut self.lost);
         }
         self.note_lost();
         match self.window.hard_limits() {

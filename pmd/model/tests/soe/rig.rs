@@ -39,7 +39,7 @@ impl SaCipher for NoCipher {
 }
 
 pub(crate) fn gcm_on() -> SoeConfig {
-    let mut c = SoeConfig::default();
+    let mut c = super::calm();
     c.assume.gcm = true;
     c
 }
