@@ -585,6 +585,12 @@ impl Model for Eip93 {
         }
         let now = Instant::now();
         let due = self.done.front().map(|c| c.due);
+        // One that changes places needs another.
+        let lonely = self.done.len() == 1 && self.done[0].mischief.reorder;
+        if lonely && self.fetched < self.commands {
+            self.fetch(bus, now);
+            return Turn::Busy;
+        }
         if due.is_some_and(|due| due <= now) && self.results < self.ring_size() {
             self.deliver(bus, now);
             return Turn::Busy;
