@@ -12,7 +12,7 @@
 //! bursts, sent. Only the rounds of the worker are timed.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, bail};
 use gateway::app::{AssemblyConfig, OpenPort, assemble};
@@ -213,7 +213,6 @@ impl Rig {
     /// All workers at once, each on its own CPU; the clock runs from the common start to the last one's end.
     fn run_together(&mut self, target: u64) -> u64 {
         let ready = AtomicU64::new(0);
-        let go = AtomicBool::new(false);
         let all = self.lanes.len() as u64;
         let (clock, counters) = (&self.clock, &self.counters);
         let done = || counters.iter().map(|c| c.sent.value()).sum::<u64>() >= target;
@@ -223,21 +222,18 @@ impl Rig {
                 .iter_mut()
                 .enumerate()
                 .map(|(cpu, lane)| {
-                    let (ready, go, done) = (&ready, &go, &done);
+                    let (ready, done) = (&ready, &done);
                     scope.spawn(move || {
                         machine::pin(Some(cpu));
+                        // The last to come starts all; nobody else needs a CPU for it.
                         ready.fetch_add(1, Ordering::AcqRel);
-                        while !go.load(Ordering::Acquire) {
+                        while ready.load(Ordering::Acquire) != all {
                             std::hint::spin_loop();
                         }
                         lane.run(clock, done)
                     })
                 })
                 .collect();
-            while ready.load(Ordering::Acquire) != all {
-                std::thread::yield_now();
-            }
-            go.store(true, Ordering::Release);
             threads
                 .into_iter()
                 .filter_map(|t| t.join().ok())
