@@ -16,6 +16,7 @@
     --module NAME     kernel modules to load besides those of VFIO
     --unit-tests CRATE FILTER       instead of PROGRAM: the crate's ignored unit tests that match FILTER, one at a time
     --huge N          2 MiB pages reserved in the guest (default 64)   --memory MIB   --cpus N   --timeout SECONDS
+    --silence SECONDS after which a guest that says nothing is booted again, twice at most (default 90)
     --qemu 7|10       QEMU of Debian 12 with Linux 6.1, or of its backports with Linux 6.12 (default; igb needs it)
     --shell           what to run is a shell on the console
 
@@ -46,6 +47,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -298,7 +300,20 @@ def end_with_parent():
 
 
 def boot(options, output=sys.stdout):
-    """Runs the guest; returns the program's exit status and all that the console said."""
+    """Runs the guest; returns the program's exit status and all that the console said.
+
+    A guest under TCG now and then stands still with both CPUs halted, as if a timer's interrupt had been lost. It is told by its
+    silence, and booted again: a program that hangs every time fails all the same.
+    """
+    for last in (False, False, True):
+        status, lines, stalled = boot_once(options, output)
+        if last or not stalled:
+            return status, lines
+        print(f"bed: the guest has said nothing for {options.silence} s; once more", file=sys.stderr, flush=True)
+
+
+def boot_once(options, output):
+    """One boot: status, lines, and whether it was ended for its silence."""
     if options.unit_tests:
         crate, pattern = options.unit_tests
         options.program = [unit_tests(crate), "--ignored", "--test-threads=1", "--nocapture", pattern]
@@ -328,8 +343,10 @@ def boot(options, output=sys.stdout):
         watchdog = threading.Timer(options.timeout, guest.kill)
         watchdog.start()
         lines, status = [], None
+        silence = Silence(options.silence, guest.kill)
         try:
             for line in guest.stdout:
+                silence.broken()
                 line = line.rstrip("\r\n")
                 lines.append(line)
                 if output:
@@ -345,12 +362,36 @@ def boot(options, output=sys.stdout):
             guest.wait()
         finally:
             watchdog.cancel()
+            silence.over()
             guest.kill()
             guest.wait()
+    stalled = status is None and silence.too_long
     if status is None:
         print(f"bed: the guest ended without a result (limit {options.timeout} s)", file=sys.stderr)
         status = 124
-    return status, lines
+    return status, lines, stalled
+
+
+class Silence:
+    """Calls `end` once nothing was heard for that many seconds."""
+
+    def __init__(self, seconds, end):
+        self.seconds, self.end, self.too_long = seconds, end, False
+        self.heard, self.done = time.monotonic(), threading.Event()
+        threading.Thread(target=self.listen, daemon=True).start()
+
+    def listen(self):
+        while not self.done.wait(1):
+            if time.monotonic() - self.heard > self.seconds:
+                self.too_long = True
+                self.end()
+                return
+
+    def broken(self):
+        self.heard = time.monotonic()
+
+    def over(self):
+        self.done.set()
 
 
 def parser():
@@ -373,6 +414,7 @@ def parser():
     p.add_argument("--memory", type=int, default=768)
     p.add_argument("--cpus", type=int, default=2)
     p.add_argument("--timeout", type=int, default=120)
+    p.add_argument("--silence", type=int, default=90)
     p.add_argument("--qemu", choices=["7", "10"], default="10")
     p.add_argument("--shell", action="store_true")
     p.add_argument("program", nargs=argparse.REMAINDER)
