@@ -13,18 +13,7 @@ use sa_store::sa::SaId;
 
 /// What is known of a packet while the engine has its bytes.
 pub(super) struct Flight {
-    /// Identity of its command.
-    pub(super) id: u32,
-    pub(super) slot: u32,
-    pub(super) deadline: Instant,
-    /// The ESP header that was given, or is expected.
-    pub(super) header: [u8; 8],
-    /// 8 bytes of plaintext that must not be there when sealed, and where in the frame they are; 0 for none.
-    pub(super) plain: [u8; 8],
-    pub(super) plain_at: u16,
-    /// Bytes of the result, or the most that there may be.
-    pub(super) length: u16,
-    pub(super) packet: bool,
+    pub(super) route: Route,
     job: Meta,
 }
 
@@ -124,17 +113,7 @@ impl Flights {
             next_header,
             kind,
         };
-        self.order.push_back(Place::Engine(Flight {
-            id: route.id,
-            slot: route.slot,
-            deadline: route.deadline,
-            header: route.header,
-            plain: route.plain,
-            plain_at: route.plain_at,
-            length: route.length,
-            packet: route.packet,
-            job,
-        }));
+        self.order.push_back(Place::Engine(Flight { route, job }));
         Ok(())
     }
 
@@ -199,14 +178,18 @@ impl Flights {
     }
 }
 
-/// What a flight is made of, beside the job.
+/// What the driver goes by when the result comes.
 pub(super) struct Route {
+    /// Identity of its command.
     pub(super) id: u32,
     pub(super) slot: u32,
     pub(super) deadline: Instant,
+    /// The ESP header that was given, or is expected.
     pub(super) header: [u8; 8],
+    /// 8 bytes of plaintext that must not be there when sealed, and where in the frame they are; 0 for none.
     pub(super) plain: [u8; 8],
     pub(super) plain_at: u16,
+    /// Bytes of the result, or the most that there may be.
     pub(super) length: u16,
     pub(super) packet: bool,
 }

@@ -73,7 +73,7 @@ impl EspEngine for Eip93Engine {
             return;
         }
         if let Some(first) = self.flights.first() {
-            if Instant::now() > first.deadline {
+            if Instant::now() > first.route.deadline {
                 self.stats.lost.add(self.flights.len() as u64);
                 self.distrust(Health::Lost);
             }
@@ -105,7 +105,7 @@ impl EspEngine for Eip93Engine {
                 break;
             };
             job.status = JobStatus::Failed;
-            self.slots.landed(flight.slot);
+            self.slots.landed(flight.route.slot);
             done.push(job);
         }
         // Numbers that were given to packets now lost are used up, whatever the engine wrote.
@@ -257,7 +257,7 @@ impl Eip93Engine {
             let Some(result) = self.rings.take() else {
                 break;
             };
-            let Some(id) = self.flights.first().map(|f| f.id) else {
+            let Some(id) = self.flights.first().map(|f| f.route.id) else {
                 self.stats.wrong.add(1);
                 self.distrust(Health::Wrong("a result without a command"));
                 break;
@@ -273,7 +273,7 @@ impl Eip93Engine {
             };
             job.status = self.judge(&flight, &mut job, result);
             self.stats.completed.add(1);
-            self.slots.landed(flight.slot);
+            self.slots.landed(flight.route.slot);
             done.push(job);
             self.flights.settle(done);
         }
@@ -290,14 +290,14 @@ impl Eip93Engine {
 
     /// What the result says of the packet.
     fn judge(&mut self, flight: &Flight, job: &mut EspJob, result: Done) -> JobStatus {
-        let Some(slot) = self.slots.get(flight.slot) else {
+        let Some(slot) = self.slots.get(flight.route.slot) else {
             return JobStatus::SaGone;
         };
         if let Some(fault) = result.fault() {
-            return self.fault(flight.slot, job.kind, flight.packet, fault);
+            return self.fault(flight.route.slot, job.kind, flight.route.packet, fault);
         }
         let unknowns = &self.config.unknowns;
-        let right = match (flight.packet, job.kind) {
+        let right = match (flight.route.packet, job.kind) {
             (false, kind) => {
                 finish_crypto(slot, flight, job, kind, result, unknowns.length_counts_icv)
             }
@@ -474,12 +474,12 @@ fn packet_seal(
 fn sealed<'a>(flight: &Flight, job: &'a mut EspJob) -> Result<&'a mut [u8], &'static str> {
     let (from, to) = (usize::from(job.esp_off), usize::from(job.esp_end));
     let data = job.frame.data_mut();
-    let plain_at = usize::from(flight.plain_at);
-    if plain_at != 0 && data.get(plain_at..plain_at + 8) == Some(&flight.plain) {
+    let plain_at = usize::from(flight.route.plain_at);
+    if plain_at != 0 && data.get(plain_at..plain_at + 8) == Some(&flight.route.plain) {
         return Err("plaintext for ciphertext");
     }
     let esp = data.get_mut(from..to).ok_or("a packet out of its frame")?;
-    if esp.first_chunk() != Some(&flight.header) {
+    if esp.first_chunk() != Some(&flight.route.header) {
         return Err("another ESP header");
     }
     Ok(esp)
@@ -493,7 +493,7 @@ fn finish_crypto(
     result: Done,
     counts_icv: Option<bool>,
 ) -> Result<(), &'static str> {
-    let (bare, icv) = (usize::from(flight.length), slot.parts.icv_len());
+    let (bare, icv) = (usize::from(flight.route.length), slot.parts.icv_len());
     let fits = match (kind, counts_icv) {
         (JobKind::Open, _) | (JobKind::Seal, Some(false)) => result.length == bare,
         (JobKind::Seal, Some(true)) => result.length == bare + icv,
@@ -518,7 +518,7 @@ fn finish_seal(
     job: &mut EspJob,
     result: Done,
 ) -> Result<(), &'static str> {
-    if result.length != usize::from(flight.length) {
+    if result.length != usize::from(flight.route.length) {
         return Err("another length");
     }
     let esp = sealed(flight, job)?;
@@ -539,7 +539,7 @@ fn finish_open(
     job: &mut EspJob,
     result: Done,
 ) -> Result<(), &'static str> {
-    let most = usize::from(flight.length);
+    let most = usize::from(flight.route.length);
     let front = HEADER + slot.parts.iv_len();
     // RFC 4303 section 2.4: up to 255 bytes of padding.
     if !(front..=most).contains(&result.length) || most - result.length > 255 {

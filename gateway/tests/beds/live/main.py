@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "peers/lib"))
 
 from gateway import Gateway
-from netns import Failed, World, address, mac, private_file, sh, veth, wait_for
+from netns import Failed, World, address, mac, private_file, run_cases, sh, veth, wait_for
 from packets import raw_socket, udp_frame
 
 CONFIG = """
@@ -304,17 +304,9 @@ def main():
     parser.add_argument("--forget", action="store_true", help="control: delete the leases at each death; this must fail")
     args = parser.parse_args()
     program = args.gateway.resolve()
-    bad = 0
     with World("esplanade-live", args.keep) as world:
         cases = {"seed": seed_refused, "reload": reload, "user": as_user, "kill": lambda w, p: kill(w, p, args.seed, args.forget)}
-        for name, case in cases.items():
-            began = time.monotonic()
-            try:
-                told, verdict = case(world, program), "PASS"
-            except Failed as e:
-                told, verdict = str(e), "FAIL"
-                bad += 1
-            print(f"{verdict}  {name}: {told} ({time.monotonic() - began:.1f} s)", flush=True)
+        bad = run_cases(world, program, cases)
     sys.exit(1 if bad else 0)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "peers/lib"))
 
 from gateway import Gateway
-from netns import Failed, World, mac, private_file, sh, wait_for
+from netns import Failed, World, mac, private_file, run_cases, sh, wait_for
 from packets import raw_socket, udp_frame
 
 SOL_PACKET = 263
@@ -301,16 +301,8 @@ def main():
     parser.add_argument("--keep", type=Path, help="leave configurations and logs in this new directory")
     args = parser.parse_args()
     program = args.gateway.resolve()
-    bad = 0
     with World("esplanade-roads", args.keep) as world:
-        for case in (routes, vlans, workers):
-            began = time.monotonic()
-            try:
-                told, verdict = case(world, program), "PASS"
-            except Failed as e:
-                told, verdict = str(e), "FAIL"
-                bad += 1
-            print(f"{verdict}  {case.__name__}: {told} ({time.monotonic() - began:.1f} s)", flush=True)
+        bad = run_cases(world, program, {c.__name__: c for c in (routes, vlans, workers)})
     sys.exit(1 if bad else 0)
 
 

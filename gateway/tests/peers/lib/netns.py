@@ -123,3 +123,17 @@ def private_file(path, text):
     path.unlink(missing_ok=True)
     path.touch(mode=0o600)
     path.write_text(text)
+
+
+def run_cases(world, program, cases):
+    """Runs `case(world, program)` for each name, says what each told. How many failed."""
+    bad = 0
+    for name, case in cases.items():
+        began = time.monotonic()
+        try:
+            told, verdict = case(world, program), "PASS"
+        except Failed as e:
+            told, verdict = str(e), "FAIL"
+            bad += 1
+        print(f"{verdict}  {name}: {told} ({time.monotonic() - began:.1f} s)", flush=True)
+    return bad
