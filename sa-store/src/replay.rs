@@ -39,6 +39,9 @@ const RESYNC_EVERY: u64 = 16;
 /// How many high halves ahead are tried, in turn. Bounds what a forger can make us compute: nothing, as each
 /// trial replaces the ordinary attempt on that packet.
 const RESYNC_AHEAD: u64 = 4;
+/// Low halves this far ahead of the top are what a peer in step sends: no trial is spent on them, so that a flood
+/// of replays costs no good packet. A peer that is truly out of step leaves this range by itself.
+const RESYNC_NEAR: u32 = 1 << 20;
 
 /// The window of one inbound SA.
 #[derive(Debug)]
@@ -96,7 +99,7 @@ impl ReplayWindow {
         self.size
     }
 
-    /// Where the packet with low half `seq_lo` stands. Cheap; called before the ICV is checked, changes nothing.
+    /// Where the packet with low half `seq_lo` stands. Cheap; called before the ICV is checked, moves nothing.
     #[inline]
     pub fn check(&self, seq_lo: u32) -> Replay {
         let seq = match self.infer(seq_lo) {
@@ -170,7 +173,12 @@ impl ReplayWindow {
             Some(top_hi)
         };
         let failures = self.failures.load(Relaxed);
-        if failures >= RESYNC_AFTER && failures.is_multiple_of(RESYNC_EVERY) {
+        if failures >= RESYNC_AFTER
+            && failures.is_multiple_of(RESYNC_EVERY)
+            && !self.is_near(seq_lo)
+        {
+            // Results of a burst come together, long after its checks: count the trial now, or the whole burst is one.
+            self.failures.store(failures.wrapping_add(1), Relaxed);
             let ahead = 1 + failures / RESYNC_EVERY % RESYNC_AHEAD;
             return hi
                 .unwrap_or(top_hi)
@@ -179,6 +187,12 @@ impl ReplayWindow {
                 .map(|h| h << 32 | lo);
         }
         hi.filter(|h| *h <= 0xffff_ffff).map(|h| h << 32 | lo)
+    }
+
+    fn is_near(&self, seq_lo: u32) -> bool {
+        #[allow(clippy::cast_possible_truncation, reason = "the low half")]
+        let top_lo = self.top() as u32;
+        seq_lo.wrapping_sub(top_lo) <= RESYNC_NEAR
     }
 
     #[inline]
@@ -338,21 +352,49 @@ mod tests {
 
     #[test]
     fn resync_tries_later_subspaces_only_after_many_failures() {
+        let far = 0x4000_0000;
         let w = ReplayWindow::resume(64, true, 100);
         for _ in 0..RESYNC_AFTER - 1 {
             w.icv_failed();
-            assert_eq!(w.check(200), Replay::Fresh(200));
+            assert_eq!(w.check(far), Replay::Fresh(u64::from(far)));
         }
         let mut tried = HashSet::new();
         for _ in 0..RESYNC_EVERY * RESYNC_AHEAD {
             w.icv_failed();
-            if let Replay::Fresh(seq) = w.check(200) {
+            if let Replay::Fresh(seq) = w.check(far) {
                 tried.insert(seq >> 32);
             }
         }
         assert_eq!(tried, (0..=RESYNC_AHEAD).collect());
-        assert_eq!(w.commit(2 << 32 | 200), Replay::Fresh(2 << 32 | 200));
-        assert_eq!(w.check(201), Replay::Fresh(2 << 32 | 201));
+        let resumed = 2 << 32 | u64::from(far);
+        assert_eq!(w.commit(resumed), Replay::Fresh(resumed));
+        assert_eq!(w.check(far + 1), Replay::Fresh(resumed + 1));
+    }
+
+    #[test]
+    fn a_flood_of_old_packets_costs_no_packet_that_is_in_step() {
+        let w = ReplayWindow::resume(64, true, 5000);
+        let mut next = 5001;
+        for _ in 0..RESYNC_AFTER + RESYNC_EVERY * RESYNC_AHEAD {
+            w.icv_failed();
+            assert_eq!(w.check(next), Replay::Fresh(u64::from(next)));
+            next += 1;
+        }
+    }
+
+    #[test]
+    fn a_trial_is_spent_on_one_packet_of_a_burst_whose_results_are_still_out() {
+        let w = ReplayWindow::resume(64, true, 5000);
+        for _ in 0..RESYNC_AFTER {
+            w.icv_failed();
+        }
+        let halves: Vec<u64> = (0..128)
+            .filter_map(|n| match w.check(0x4000_0000 + n) {
+                Replay::Fresh(seq) => Some(seq >> 32),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(halves.iter().filter(|hi| **hi != 0).count(), 1);
     }
 
     proptest! {
