@@ -18,7 +18,7 @@ use pmd::qdma::QdmaPlan;
 use pmd::soe::{SoeConfig, SoeEngine};
 use pmd::{Arena, ArenaConfig, Pool};
 use sa_store::cipher::{CipherJob, SaCipher};
-use sa_store::runtime::{Install, SaEntry, Start, TunnelIdx};
+use sa_store::runtime::{Install, Place, SaEntry, Start, TunnelIdx};
 use sa_store::sa::{
     Df, Direction, Dscp, IfId, Limits, Mode, OffloadMode, SaId, SaKeys, SaSpec, Spi, Tfc, Vrf,
 };
@@ -187,6 +187,7 @@ impl Bench {
                 cipher: Box::new(NoCipher),
                 provider: "none",
                 start: Start::default(),
+                place: Place::CPU,
                 now: 0,
             },
         );
@@ -210,6 +211,7 @@ impl Bench {
             esp_off: 20,
             next_header: 0,
             kind,
+            mode: OffloadMode::Crypto,
             status: JobStatus::Pending,
         })
     }

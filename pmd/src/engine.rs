@@ -19,14 +19,17 @@
 //! ```
 //!
 //! Sealed, `esp_end` is the end of the ICV and `seq` the number that the engine took. Opened, `next_header` is what the trailer
-//! said.
+//! said, and `esp_end` the end of the payload. An engine that makes the outer headers takes and gives the inner packet alone.
+//!
+//! Also in packet mode the caller counts: it takes a number of the SA, within limits and leases, for every job that it
+//! submits, and gives it in `seq`. The engine's numbers never go beyond those.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use sa_store::counters::Counter;
 use sa_store::runtime::SaEntry;
-use sa_store::sa::SaId;
+use sa_store::sa::{OffloadMode, SaId};
 use sa_store::snapshot::Snapshot;
 use sa_store::suite::Suite;
 
@@ -83,6 +86,9 @@ pub struct EspJob {
     pub next_header: u8,
     /// Direction.
     pub kind: JobKind,
+    /// How the SA is carried. Whoever opens a packet-mode job otherwise, as the CPU does while an engine is out of service,
+    /// sets what it did: *post* goes by this.
+    pub mode: OffloadMode,
     /// Out: what became of it.
     pub status: JobStatus,
 }
@@ -102,6 +108,9 @@ pub struct Capabilities {
     pub packet: Vec<Suite>,
     /// Packet mode: the engine makes and takes off the outer headers too.
     pub outer_headers: bool,
+    /// Packet mode: numbers and windows can be loaded and read back, so that an SA goes on after a restart or a reset. Without
+    /// this an outbound SA begins with its key and ends with the engine's first mistake.
+    pub renumbers: bool,
     /// 64-bit sequence numbers, in either mode.
     pub esn: bool,
     /// UDP encapsulation.
@@ -227,7 +236,8 @@ pub trait EspEngine: Send {
     }
 
     /// Stops the engine, gives everything in flight back as failed, proves that the engine is idle and starts it anew. SAs of
-    /// crypto mode stay installed; those of packet mode whose numbers the engine kept are gone and need a rekey.
+    /// crypto mode stay installed; those of packet mode only if the engine [`renumbers`](Capabilities::renumbers): the others are
+    /// gone and need a rekey.
     ///
     /// # Errors
     /// When the engine does not come back. Frames that it may still write to are kept from everybody.

@@ -19,7 +19,7 @@ use crate::drops::DropReason;
 use crate::fib::HopIdx;
 use crate::plan::{InPlan, OutPlan};
 use crate::replay::ReplayWindow;
-use crate::sa::{Direction, SaId, SaSpec, UdpEncap, Vrf};
+use crate::sa::{Direction, OffloadMode, SaId, SaSpec, UdpEncap, Vrf};
 use crate::spd::SelectorSet;
 pub use crate::spd::TunnelIdx;
 
@@ -46,10 +46,12 @@ pub mod event {
     pub const REPLAY_BURST: u32 = 1 << 8;
     /// First packet was carried.
     pub const FIRST_USE: u32 = 1 << 9;
+    /// The engine that numbered the SA's packets has lost count of them: the SA is stopped and wants a successor.
+    pub const ENGINE_LOST: u32 = 1 << 10;
 
     /// Names of the set bits, for logs and the event stream.
     pub fn names(bits: u32) -> impl Iterator<Item = &'static str> {
-        const NAMES: [&str; 10] = [
+        const NAMES: [&str; 11] = [
             "soft_packets",
             "soft_bytes",
             "soft_time",
@@ -60,6 +62,7 @@ pub mod event {
             "lease_out",
             "replay_burst",
             "first_use",
+            "engine_lost",
         ];
         NAMES
             .into_iter()
@@ -91,6 +94,8 @@ pub struct Fixed {
     pub route_based: bool,
     /// Direction.
     pub direction: Direction,
+    /// Where its packets are ciphered.
+    pub place: Place,
     /// Outer destination, IPv4 as IPv4-mapped; what an inbound packet must be addressed to.
     pub dst: u128,
     /// Expanded keys.
@@ -237,8 +242,30 @@ pub struct Install {
     pub provider: &'static str,
     /// Where to go on.
     pub start: Start,
+    /// Who ciphers.
+    pub place: Place,
     /// Gateway clock, nanoseconds.
     pub now: u64,
+}
+
+/// Where an SA's packets are ciphered, fixed when it is installed. Only a successor can be elsewhere.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    /// 0: the CPU. Otherwise an engine, by its number from 1.
+    pub engine: u8,
+    /// What is left to the engine.
+    pub mode: OffloadMode,
+    /// Packet mode: the engine makes the outer headers too.
+    pub outer_headers: bool,
+}
+
+impl Place {
+    /// The CPU.
+    pub const CPU: Place = Place {
+        engine: 0,
+        mode: OffloadMode::Software,
+        outer_headers: false,
+    };
 }
 
 impl Watch {
@@ -258,6 +285,7 @@ impl SaEntry {
             cipher,
             provider,
             start,
+            place,
             now,
         } = install;
         let at = |s: Option<u64>| {
@@ -289,6 +317,7 @@ impl SaEntry {
             vrf: spec.vrf,
             esn: spec.esn,
             direction: spec.direction,
+            place,
             encap: spec.encap,
             dst: mapped(spec.dst),
             out,

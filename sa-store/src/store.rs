@@ -15,7 +15,7 @@ use crate::chunked::Chunked;
 use crate::cipher::{CipherError, CipherFactory};
 use crate::fib::Fib;
 use crate::quiesce::Quiesce;
-use crate::runtime::{Install, SaEntry, Start, TunnelIdx, mapped};
+use crate::runtime::{Install, Place, SaEntry, Start, TunnelIdx, mapped};
 use crate::sa::{Direction, SaId, SaSpec};
 use crate::sad::Sad;
 use crate::snapshot::{NO_SA, Shared, Snapshot, TunnelSlot};
@@ -241,14 +241,27 @@ impl Store {
         sums
     }
 
-    /// Adds an SA to a draft. An outbound SA becomes the tunnel's sender at once; see
-    /// [`Draft::set_outbound`] to choose another.
+    /// Adds an SA that the CPU ciphers to a draft; see [`add_sa_on`](Self::add_sa_on).
     pub fn add_sa(
         &mut self,
         draft: &mut Draft,
         spec: Arc<SaSpec>,
         factory: &dyn CipherFactory,
         start: Start,
+        now: u64,
+    ) -> Result<SaId, StoreError> {
+        self.add_sa_on(draft, spec, factory, start, Place::CPU, now)
+    }
+
+    /// Adds an SA to a draft. An outbound SA becomes the tunnel's sender at once; see
+    /// [`Draft::set_outbound`] to choose another.
+    pub fn add_sa_on(
+        &mut self,
+        draft: &mut Draft,
+        spec: Arc<SaSpec>,
+        factory: &dyn CipherFactory,
+        start: Start,
+        place: Place,
         now: u64,
     ) -> Result<SaId, StoreError> {
         let cipher = factory
@@ -308,6 +321,7 @@ impl Store {
                 cipher,
                 provider,
                 start,
+                place,
                 now,
             },
         ));

@@ -166,6 +166,7 @@ impl Inbound {
                         esp_end: info.p.l3_len,
                         next_header: 0,
                         kind: JobKind::Open,
+                        mode: entry.fixed.place.mode,
                         status: JobStatus::Pending,
                     });
                 }

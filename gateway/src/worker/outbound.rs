@@ -363,6 +363,7 @@ impl Outbound {
             esp_end: 0,
             next_header: 0,
             kind: JobKind::Seal,
+            mode: entry.fixed.place.mode,
             status: JobStatus::Pending,
         });
         let Some(job) = self.jobs.last_mut() else {
@@ -428,6 +429,7 @@ impl Outbound {
                 esp_off: ok.esp_off,
                 next_header: 0,
                 kind: JobKind::Seal,
+                mode: entry.fixed.place.mode,
                 status: JobStatus::Pending,
             }),
             Err(reason) => shared.drop(frame, reason),

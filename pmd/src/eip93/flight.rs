@@ -9,7 +9,7 @@ use crate::device::ArenaMap;
 use crate::device::ring::FrameRing;
 use crate::engine::{EspJob, JobKind, JobStatus};
 use crate::frame::Frame;
-use sa_store::sa::SaId;
+use sa_store::sa::{OffloadMode, SaId};
 
 /// What is known of a packet while the engine has its bytes.
 pub(super) struct Flight {
@@ -27,6 +27,7 @@ struct Meta {
     esp_end: u16,
     next_header: u8,
     kind: JobKind,
+    mode: OffloadMode,
 }
 
 enum Place {
@@ -87,6 +88,7 @@ impl Flights {
             esp_end,
             next_header,
             kind,
+            mode,
             status,
         } = job;
         if let Err(frame) = self.frames.push(frame) {
@@ -100,6 +102,7 @@ impl Flights {
                 esp_end,
                 next_header,
                 kind,
+                mode,
                 status,
             });
         }
@@ -112,6 +115,7 @@ impl Flights {
             esp_end,
             next_header,
             kind,
+            mode,
         };
         self.order.push_back(Place::Engine(Flight { route, job }));
         Ok(())
@@ -159,6 +163,7 @@ impl Flights {
             esp_end: m.esp_end,
             next_header: m.next_header,
             kind: m.kind,
+            mode: m.mode,
             status: JobStatus::Pending,
         };
         Some((flight, job))

@@ -332,6 +332,7 @@ fn capabilities(config: &Eip93Config, options: u32) -> Capabilities {
         crypto,
         packet,
         outer_headers: false,
+        renumbers: true,
         esn: false,
         nat_t: true,
         window: slots::WINDOW,

@@ -39,7 +39,7 @@ impl EspEngine for Eip93Engine {
         self.slots.remove(sa);
     }
 
-    fn submit(&mut self, view: &Snapshot, jobs: &mut Vec<EspJob>, done: &mut Vec<EspJob>) {
+    fn submit(&mut self, _view: &Snapshot, jobs: &mut Vec<EspJob>, done: &mut Vec<EspJob>) {
         if jobs.is_empty() {
             return;
         }
@@ -60,7 +60,7 @@ impl EspEngine for Eip93Engine {
         }
         self.stats.busy.add((jobs.len() - n) as u64);
         for job in jobs.drain(..n) {
-            self.give(view, job, deadline);
+            self.give(job, deadline);
         }
         let rung = self.rings.announce(&self.chip.regs);
         self.stats.doorbells.add(rung);
@@ -144,8 +144,8 @@ impl Eip93Engine {
     }
 
     /// Makes a command of the job, or puts it in the line of those that are done.
-    fn give(&mut self, view: &Snapshot, mut job: EspJob, deadline: Instant) {
-        let status = match self.prepare(view, &mut job, deadline) {
+    fn give(&mut self, mut job: EspJob, deadline: Instant) {
+        let status = match self.prepare(&mut job, deadline) {
             Ok((command, route)) => {
                 let (slot, length) = (route.slot, u64::from(command.length));
                 match self.flights.depart(job, route) {
@@ -174,7 +174,6 @@ impl Eip93Engine {
 
     fn prepare(
         &mut self,
-        view: &Snapshot,
         job: &mut EspJob,
         deadline: Instant,
     ) -> Result<(Command, Route), Refused> {
@@ -228,10 +227,7 @@ impl Eip93Engine {
                 command.state = base + offset;
             }
             (true, JobKind::Open) => packet_open(slot, job, &mut command, &mut route)?,
-            (true, JobKind::Seal) => {
-                let entry = view.sa(job.sa).ok_or(JobStatus::SaGone)?;
-                packet_seal(slot, entry, job, &mut command, &mut route)?;
-            }
+            (true, JobKind::Seal) => packet_seal(slot, job, &mut command, &mut route)?,
         }
         Ok((command, route))
     }
@@ -417,7 +413,6 @@ fn packet_open(
 
 fn packet_seal(
     slot: &mut Slot,
-    entry: &SaEntry,
     job: &mut EspJob,
     command: &mut Command,
     route: &mut Route,
@@ -444,11 +439,8 @@ fn packet_seal(
             .ok_or(JobStatus::Malformed)?;
         route.plain_at = u16::try_from(from + front).map_err(|_| JobStatus::Malformed)?;
     }
-    // The SA's own count is the one that leases and limits bind. It is asked last: a number taken is a number sent.
-    let seq = entry
-        .next_out(payload as u64, 0)
-        .map_err(|_| JobStatus::LimitReached)?;
-    let Ok(number) = u32::try_from(seq) else {
+    // The SA's own count is the one that leases and limits bind, and the caller took the number from it.
+    let Ok(number) = u32::try_from(job.seq) else {
         return Err(JobStatus::LimitReached);
     };
     if number.checked_sub(1) != Some(slot.last) {
@@ -459,7 +451,6 @@ fn packet_seal(
     }
     job.frame.append(grown).ok_or(JobStatus::Malformed)?;
     slot.last = number;
-    job.seq = seq;
     job.esp_end = u16::try_from(from + total).map_err(|_| JobStatus::Malformed)?;
     route.header[..4].copy_from_slice(&slot.spi);
     route.header[4..].copy_from_slice(&number.to_be_bytes());

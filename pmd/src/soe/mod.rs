@@ -380,6 +380,7 @@ fn capabilities(config: &SoeConfig) -> Capabilities {
         crypto: Vec::new(),
         packet: record::suites(assume),
         outer_headers: true,
+        renumbers: false,
         esn: false,
         nat_t: true,
         window: 256,

@@ -8,6 +8,8 @@ use crate::engine::{EspJob, JobKind, JobStatus};
 use crate::frame::Frame;
 use crate::qdma::hop::{Action, descriptor};
 use crate::qdma::hub::{DUMMY_HEADER, ENGINE_COOKIE, ForEngine, Hub, dummy_header};
+use sa_store::sa::OffloadMode;
+
 use crate::qdma::{Received, Sent, TxMsg};
 
 /// IP protocol numbers.
@@ -321,6 +323,7 @@ fn job_of(meta: Meta, frame: Frame, status: JobStatus) -> EspJob {
         esp_end: len,
         next_header: 0,
         kind: meta.kind,
+        mode: OffloadMode::Packet,
         status,
     }
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use sa_store::cipher::{CipherJob, SaCipher};
 use sa_store::policy::Selector;
-use sa_store::runtime::{Install, SaEntry, Start, TunnelIdx};
+use sa_store::runtime::{Install, Place, SaEntry, Start, TunnelIdx};
 use sa_store::sa::{
     Df, Direction, Dscp, IfId, Limits, Mode, OffloadMode, SaId, SaKeys, SaSpec, Spi, Tfc, Vrf,
 };
@@ -96,6 +96,7 @@ pub(crate) fn entry_from(spec: SaSpec, index: u32, start: Start) -> SaEntry {
             cipher: Box::new(NoCipher),
             provider: "none",
             start,
+            place: Place::CPU,
             now: 0,
         },
     )
@@ -229,6 +230,7 @@ impl Rig {
             esp_end: 0,
             next_header: 0,
             kind,
+            mode: OffloadMode::Crypto,
             status: JobStatus::Pending,
         }
     }

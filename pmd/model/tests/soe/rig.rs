@@ -16,8 +16,8 @@ use pmd::qdma::QdmaPlan;
 use pmd::soe::{SoeConfig, SoeEngine};
 use pmd::{Arena, ArenaConfig, Pool};
 use sa_store::cipher::{CipherJob, SaCipher};
-use sa_store::runtime::{Install, SaEntry, Start, TunnelIdx};
-use sa_store::sa::{Direction, SaId, SaSpec};
+use sa_store::runtime::{Install, Place, SaEntry, Start, TunnelIdx};
+use sa_store::sa::{Direction, OffloadMode, SaId, SaSpec};
 use sa_store::snapshot::Snapshot;
 use sa_store::store::Store;
 
@@ -146,6 +146,7 @@ impl Rig {
                 cipher: Box::new(NoCipher),
                 provider: "none",
                 start: Start::default(),
+                place: Place::CPU,
                 now: 0,
             },
         );
@@ -185,6 +186,7 @@ impl Rig {
                 Direction::Out => JobKind::Seal,
                 Direction::In => JobKind::Open,
             },
+            mode: OffloadMode::Crypto,
             status: JobStatus::Pending,
         }
     }

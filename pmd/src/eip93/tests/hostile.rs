@@ -141,6 +141,7 @@ impl Hostile {
                                 Direction::Out => JobKind::Seal,
                                 Direction::In => JobKind::Open,
                             },
+                            mode: OffloadMode::Crypto,
                             status: JobStatus::Pending,
                         });
                     }

@@ -219,16 +219,23 @@ impl Rig {
 
     pub(super) fn job(&mut self, sa: SaId, kind: JobKind, shift: usize, esp: &[u8]) -> EspJob {
         let frame = self.frame(shift, esp);
+        let entry = self.view.sa(sa).unwrap();
+        let mode = entry.spec.offload;
+        let seq = match (mode, kind) {
+            (OffloadMode::Packet, JobKind::Seal) => entry.next_out(1, 0).unwrap_or(u64::MAX),
+            _ => 1,
+        };
         EspJob {
             esp_end: u16::try_from(frame.len()).unwrap(),
             frame,
             sa,
-            seq: 1,
+            seq,
             tag: 77,
             note: 5,
             esp_off: OUTER,
             next_header: 4,
             kind,
+            mode,
             status: JobStatus::Pending,
         }
     }

@@ -99,7 +99,7 @@ fn a_hard_limit_is_exact_and_numbers_go_on_where_they_were() {
         .collect();
     let back = rig.run(jobs);
     let seen: Vec<_> = back.iter().map(|j| (j.status, j.seq)).collect();
-    let (done, over) = (JobStatus::Done, (JobStatus::LimitReached, 1));
+    let (done, over) = (JobStatus::Done, (JobStatus::LimitReached, u64::MAX));
     assert_eq!(
         seen,
         [(done, 1001), (done, 1002), (done, 1003), over, over, over]
