@@ -374,11 +374,9 @@ mod tests {
     #[test]
     fn a_flood_of_old_packets_costs_no_packet_that_is_in_step() {
         let w = ReplayWindow::resume(64, true, 5000);
-        let mut next = 5001;
-        for _ in 0..RESYNC_AFTER + RESYNC_EVERY * RESYNC_AHEAD {
+        for seq in (5001..).take(512) {
             w.icv_failed();
-            assert_eq!(w.check(next), Replay::Fresh(u64::from(next)));
-            next += 1;
+            assert_eq!(w.check(seq), Replay::Fresh(u64::from(seq)));
         }
     }
 
