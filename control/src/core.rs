@@ -134,14 +134,13 @@ impl Control {
 
     fn apply_since(&mut self, config: Config, began: Instant) -> &Reload {
         let plane = Arc::clone(&self.plane);
-        let now = || plane.now();
         let done = install::apply(
             &config,
             &mut self.store,
             &mut self.keeper,
             &self.leases,
             &*self.ciphers,
-            now,
+            &*plane,
         );
         match done {
             Ok(applied) => {
@@ -210,7 +209,12 @@ impl Control {
 
     /// Work of every few milliseconds: leases, retirement, and now and then events and time limits.
     pub fn tick(&mut self) {
-        install::reap(&mut self.store, &mut self.keeper, &self.leases);
+        install::reap(
+            &mut self.store,
+            &mut self.keeper,
+            &self.leases,
+            &*self.plane,
+        );
         let now = Instant::now();
         self.lower_edges(now);
         self.hear();

@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use sa_store::cipher::CipherFactory;
 use sa_store::file::{Config, Location};
 use sa_store::lease::LeaseWriter;
-use sa_store::runtime::SaEntry;
+use sa_store::runtime::{Place, SaEntry};
 use sa_store::sa::{Direction, SaId, SaSpec};
 use sa_store::spd::Spd;
 use sa_store::store::{Draft, Store};
 
 use crate::keeper::{Keeper, Tracked};
+use crate::plane::DataPlane;
 
 /// How long a reload waits for the disk before it gives up.
 const DISK: Duration = Duration::from_secs(10);
@@ -75,12 +76,12 @@ pub fn apply(
     keeper: &mut Keeper,
     writer: &LeaseWriter,
     factory: &dyn CipherFactory,
-    now: impl Fn() -> u64,
+    plane: &dyn DataPlane,
 ) -> Result<Applied, ApplyError> {
     // A key that was just removed can be claimed again only when its old SA is out of use.
     let deadline = Instant::now() + RETIRE;
     while keeper.is_retiring() && Instant::now() < deadline {
-        reap(store, keeper, writer);
+        reap(store, keeper, writer, plane);
         std::thread::sleep(Duration::from_micros(50));
     }
     let plan = Plan::new(config, store);
@@ -89,13 +90,23 @@ pub fn apply(
 
     // An inbound SA whose key stays must stop before its window can be read: nothing may slip in between.
     let heirs: Vec<_> = plan.inbound_heirs().cloned().collect();
-    let stopped = stop_and_wait(store, keeper, writer, &heirs)?;
+    let stopped = stop_and_wait(store, keeper, writer, plane, &heirs)?;
 
     let mut draft = store.draft();
-    let filled = fill(&mut draft, &plan, &claims, config, store, factory, now());
+    let mut engines = Engines::new(plane);
+    let filled = fill(
+        &mut draft,
+        &plan,
+        &claims,
+        config,
+        store,
+        factory,
+        &mut engines,
+    );
     let tracked = match filled.and_then(|t| Ok((t, set_policies(&mut draft, config, store)?))) {
         Ok((tracked, changed)) => {
             claims.keep();
+            engines.keep();
             stopped.for_good();
             (tracked, changed)
         }
@@ -124,8 +135,11 @@ pub fn apply(
 }
 
 /// Lets go of what no worker uses any more: keys are wiped, leases end.
-pub fn reap(store: &mut Store, keeper: &mut Keeper, writer: &LeaseWriter) {
+pub fn reap(store: &mut Store, keeper: &mut Keeper, writer: &LeaseWriter, plane: &dyn DataPlane) {
     let gone = store.reap();
+    for sa in &gone {
+        plane.remove(*sa);
+    }
     if let Err(e) = keeper.gone(&gone, writer) {
         tracing::error!(error = %e, "exact sequence numbers of removed SAs could not be written; their leases stand");
     }
@@ -326,6 +340,7 @@ fn stop_and_wait(
     store: &mut Store,
     keeper: &mut Keeper,
     writer: &LeaseWriter,
+    plane: &dyn DataPlane,
     heirs: &[Arc<SaEntry>],
 ) -> Result<Stopped, ApplyError> {
     let stopped = Stopped(heirs.iter().filter(|e| !e.disabled()).cloned().collect());
@@ -341,7 +356,7 @@ fn stop_and_wait(
     let deadline = Instant::now() + RETIRE;
     let in_flight = |e: &Arc<SaEntry>| e.live.in_flight.load(Ordering::Acquire) != 0;
     loop {
-        reap(store, keeper, writer);
+        reap(store, keeper, writer, plane);
         if store.settled() && !stopped.0.iter().any(in_flight) {
             return Ok(stopped);
         }
@@ -381,8 +396,9 @@ fn fill(
     config: &Config,
     store: &mut Store,
     factory: &dyn CipherFactory,
-    now: u64,
+    engines: &mut Engines<'_>,
 ) -> Result<Vec<Tracked>, ApplyError> {
+    let now = engines.plane.now();
     for old in &plan.removed {
         draft.remove_sa(old.fixed.id);
     }
@@ -404,15 +420,66 @@ fn fill(
         if let How::Heir(old) = &w.how {
             start.window_top = old.live.window.top();
         }
-        let id = store
-            .add_sa(draft, Arc::clone(&w.spec), factory, start, now)
-            .map_err(|e| refuse(e.to_string()))?;
+        let mut add = |draft: &mut Draft, place| {
+            store
+                .add_sa_on(draft, Arc::clone(&w.spec), factory, start, place, now)
+                .map_err(|e| refuse(e.to_string()))
+        };
+        let place = engines.plane.place(&w.spec).map_err(refuse)?;
+        let mut id = add(draft, place)?;
+        if place.engine != 0
+            && let Err(why) = engines.install(draft, id)
+        {
+            if w.spec.engine.is_some() {
+                return Err(refuse(why));
+            }
+            // "auto" leaves the choice to us.
+            tracing::info!(sa = %w.spec.name, why, "stays with the CPU");
+            draft.remove_sa(id);
+            id = add(draft, Place::CPU)?;
+        }
         if let Some(entry) = draft.snapshot().sa(id) {
             tracked.push(Tracked::clone(lease).attached(Arc::clone(entry)));
         }
     }
     choose_senders(draft, config, store);
     Ok(tracked)
+}
+
+/// SAs that engines were prepared for in one attempt: forgotten again unless it succeeds.
+struct Engines<'p> {
+    plane: &'p dyn DataPlane,
+    prepared: Vec<SaId>,
+}
+
+impl<'p> Engines<'p> {
+    fn new(plane: &'p dyn DataPlane) -> Self {
+        Self {
+            plane,
+            prepared: Vec::new(),
+        }
+    }
+
+    fn install(&mut self, draft: &Draft, id: SaId) -> Result<(), String> {
+        let Some(entry) = draft.snapshot().sa(id) else {
+            return Ok(());
+        };
+        self.plane.install(entry)?;
+        self.prepared.push(id);
+        Ok(())
+    }
+
+    fn keep(mut self) {
+        self.prepared.clear();
+    }
+}
+
+impl Drop for Engines<'_> {
+    fn drop(&mut self) {
+        for id in self.prepared.drain(..) {
+            self.plane.remove(id);
+        }
+    }
 }
 
 /// The last outbound SA of a tunnel in the files sends.

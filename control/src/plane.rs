@@ -6,7 +6,8 @@ use std::sync::Arc;
 use sa_store::file::Config;
 use sa_store::ledger::WorkerCounters;
 use sa_store::report::Report;
-use sa_store::sa::Direction;
+use sa_store::runtime::{Place, SaEntry};
+use sa_store::sa::{Direction, OffloadMode, SaId, SaSpec};
 use sa_store::spd::PolicyIdx;
 use serde::{Deserialize, Serialize};
 
@@ -145,6 +146,30 @@ pub trait DataPlane: Send + Sync {
     /// A configuration is running: whatever follows the policies, such as the destinations that are taken from
     /// interfaces, is to be brought in line.
     fn published(&self, config: &Config);
+
+    /// Where the SA is to be ciphered.
+    ///
+    /// # Errors
+    /// No engine can carry it as it asks, for the operator. There is no silent fall-back to the CPU.
+    fn place(&self, spec: &SaSpec) -> Result<Place, String> {
+        match spec.offload {
+            OffloadMode::Software => Ok(Place::CPU),
+            _ => Err("there is no engine".into()),
+        }
+    }
+
+    /// Prepares an engine for an SA that [`place`](Self::place) has put on it, before workers see the SA.
+    ///
+    /// # Errors
+    /// The engine refuses it, for the operator.
+    fn install(&self, sa: &Arc<SaEntry>) -> Result<(), String> {
+        Err(format!("there is no engine for SA \"{}\"", sa.spec.name))
+    }
+
+    /// Lets an engine forget an SA that no worker uses any more.
+    fn remove(&self, sa: SaId) {
+        let _ = sa;
+    }
 
     /// Starts a capture on a port.
     ///

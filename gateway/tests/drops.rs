@@ -462,8 +462,8 @@ fn queues_and_memory() {
         .extend([TxFull, HandoverFull, PoolExhausted]);
 }
 
-/// An engine that answers every job with a failure.
-struct Broken(Capabilities);
+/// An engine that answers every job with the same failure.
+struct Broken(Capabilities, JobStatus);
 
 impl EspEngine for Broken {
     fn capabilities(&self) -> &Capabilities {
@@ -475,7 +475,7 @@ impl EspEngine for Broken {
     fn remove(&mut self, _: SaId) {}
     fn submit(&mut self, _: &Snapshot, jobs: &mut Vec<EspJob>, done: &mut Vec<EspJob>) {
         done.extend(jobs.drain(..).map(|j| EspJob {
-            status: JobStatus::Failed,
+            status: self.1,
             ..j
         }));
     }
@@ -513,8 +513,9 @@ fn caps() -> Capabilities {
 }
 
 fn engines() {
-    let broken =
-        |c: &mut gateway::app::AssemblyConfig, _: bool| c.engine = || Box::new(Broken(caps()));
+    let broken = |c: &mut gateway::app::AssemblyConfig, _: bool| {
+        c.engine = || Box::new(Broken(caps(), JobStatus::Failed));
+    };
     let mut b = bed(&Plan {
         config: Box::new(broken),
         suite: GCM,
@@ -523,6 +524,16 @@ fn engines() {
     b.send_left(&[packet()]);
     b.settle();
     expect(&b, true, &[(EngineError, 1)]);
+    let picky = |c: &mut gateway::app::AssemblyConfig, _: bool| {
+        c.engine = || Box::new(Broken(caps(), JobStatus::Malformed));
+    };
+    let mut b = bed(&Plan {
+        config: Box::new(picky),
+        ..Plan::default()
+    });
+    b.send_left(&[packet()]);
+    b.settle();
+    expect(&b, true, &[(EngineRefused, 1)]);
     let full = |c: &mut gateway::app::AssemblyConfig, _: bool| c.engine = || Box::new(Full(caps()));
     let mut b = bed(&Plan {
         config: Box::new(full),

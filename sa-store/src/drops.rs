@@ -82,6 +82,8 @@ drop_reasons! {
     SaDisabled => "sa_disabled",
     /// Engine lost the packet or answered with an error.
     EngineError => "engine_error",
+    /// What the SA's engine does not carry: a fragment in packet mode, a packet of the wrong form or length.
+    EngineRefused => "engine_refused",
     /// Engine or crypto queue full.
     EngineBusy => "engine_busy",
     // Policy.

@@ -11,11 +11,11 @@ use sa_store::report::Report;
 use sa_store::snapshot::Reader;
 use sa_store::store::Store;
 
-use crate::engine::SoftwareEngine;
+use crate::engine::{Bank, Desk, SoftwareEngine};
 use crate::esp::iv::CbcIvGen;
 use crate::esp::reassembly::ReassemblyConfig;
 use crate::worker::{
-    Handover, IdlePolicy, Locals, PipelineConfig, PolicyHits, PortSetup, REPORTS, Worker,
+    Handover, IdlePolicy, Locals, PipelineConfig, PolicyHits, PortSetup, REPORTS, Waker, Worker,
     WorkerParts,
 };
 
@@ -42,8 +42,10 @@ pub struct AssemblyConfig {
     pub flow_entries: usize,
     /// Hit counters per direction and worker.
     pub policy_slots: usize,
-    /// Makes the engine of each worker.
+    /// Makes what ciphers on each worker's CPU.
     pub engine: fn() -> Box<dyn EspEngine>,
+    /// Engines; their numbers, from 1, are their places here.
+    pub desks: Vec<Arc<Desk>>,
     /// The clock that workers and control use.
     pub clock: Clock,
     /// Seed of the CBC IVs of deterministic offline runs; `None`: the system's randomness.
@@ -64,6 +66,7 @@ impl Default for AssemblyConfig {
             flow_entries: 1 << 16,
             policy_slots: 1 << 17,
             engine: || Box::new(SoftwareEngine::default()),
+            desks: Vec::new(),
             clock: Clock::new(),
             iv_seed: None,
         }
@@ -95,6 +98,8 @@ pub struct Assembled {
     pub port_stats: Vec<Vec<Arc<PortQueueStats>>>,
     /// The clock that workers use.
     pub clock: Clock,
+    /// What wakes each worker.
+    pub wakers: Arc<[Waker]>,
 }
 
 /// Why workers could not be put together.
@@ -170,7 +175,13 @@ pub fn assemble(
     let mut workers = Vec::with_capacity(count);
     let mut reports = Vec::with_capacity(count);
     let mesh = Handover::mesh(count, config.handover_slots)?;
-    for (id, (queues, handover)) in dealt.into_iter().zip(mesh).enumerate() {
+    let wakers = mesh
+        .first()
+        .map_or_else(|| Arc::from([]), |h| Arc::clone(h.wakers()));
+    let cpus = (0..count).map(|_| (config.engine)()).collect();
+    let banks = Bank::mesh(cpus, &config.desks);
+    let parts = dealt.into_iter().zip(mesh).zip(banks);
+    for (id, ((queues, handover), bank)) in parts.enumerate() {
         let iv = match config.iv_seed {
             None => CbcIvGen::from_os()?,
             Some(seed) => CbcIvGen::from_seed(&spread(seed, id)),
@@ -187,7 +198,7 @@ pub fn assemble(
                 .iter()
                 .map(|holders| holders[id % holders.len()])
                 .collect(),
-            engine: (config.engine)(),
+            bank,
             handover,
             counters: Arc::clone(&counters[id]),
             policy_hits: Arc::clone(&hits[id]),
@@ -204,6 +215,7 @@ pub fn assemble(
         reports,
         port_stats,
         clock,
+        wakers,
     })
 }
 

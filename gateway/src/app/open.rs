@@ -20,7 +20,9 @@ use sa_store::sa::Vrf;
 use sa_store::store::Store;
 
 use super::assembly::{Assembled, AssemblyConfig, AssemblyError, OpenPort, assemble};
+use super::engines::{EngineOpenError, OpenEngines};
 use crate::config::{self, AfXdpMode, GatewayConfig, Idle, NextHop, Nic, PortConfig, PortKind};
+use crate::engine::Desk;
 use crate::esp::reassembly::ReassemblyConfig;
 use crate::worker::{IdlePolicy, Locals, PortSetup, Side};
 
@@ -41,6 +43,15 @@ pub enum OpenError {
         /// Cause.
         #[source]
         source: PortError,
+    },
+    /// An engine.
+    #[error("engine \"{name}\": {source}")]
+    Engine {
+        /// Operator's name of it.
+        name: String,
+        /// Cause.
+        #[source]
+        source: EngineOpenError,
     },
     /// Destinations to take from an interface.
     #[error("port \"{name}\": {source}")]
@@ -86,6 +97,8 @@ pub struct Opened {
     pub ports: Vec<PortView>,
     /// Switch of all capture points.
     pub capture: Capture,
+    /// Look-aside engines.
+    pub engines: OpenEngines,
 }
 
 /// Opens what the configuration names, for workers that go by `clock`. The routes are published; SAs and policies are not loaded.
@@ -195,7 +208,17 @@ pub fn open(config: &GatewayConfig, clock: Clock) -> Result<Opened, OpenError> {
         });
         views.push(view);
     }
-    let mut assembled = assemble(assembly(config, clock), &arena, open_ports)?;
+    let mut engines = OpenEngines::default();
+    for engine in &config.engines {
+        engines
+            .open(engine, &arena)
+            .map_err(|source| OpenError::Engine {
+                name: engine.name.clone(),
+                source,
+            })?;
+    }
+    let desks = engines.desks.clone();
+    let mut assembled = assemble(assembly(config, clock, desks), &arena, open_ports)?;
     let fib = routes(config, &mut assembled.store)?;
     let mut draft = assembled.store.draft();
     draft.set_fib(Arc::new(fib));
@@ -205,10 +228,11 @@ pub fn open(config: &GatewayConfig, clock: Clock) -> Result<Opened, OpenError> {
         arena,
         ports: views,
         capture,
+        engines,
     })
 }
 
-fn assembly(config: &GatewayConfig, clock: Clock) -> AssemblyConfig {
+fn assembly(config: &GatewayConfig, clock: Clock, desks: Vec<Arc<Desk>>) -> AssemblyConfig {
     let cpus = match &config.workers.cpus {
         Some(cpus) => cpus.iter().map(|c| Some(usize::from(*c))).collect(),
         None => vec![None; config.workers.number()],
@@ -239,6 +263,7 @@ fn assembly(config: &GatewayConfig, clock: Clock) -> AssemblyConfig {
             ..IdlePolicy::default()
         },
         clock,
+        desks,
         iv_seed: config.test_seed,
         ..AssemblyConfig::default()
     }

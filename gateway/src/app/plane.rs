@@ -8,6 +8,7 @@ use control::plane::{
     CaptureReport, CaptureRequest, DataPlane, DeviceReport, PortReport, ProviderReport,
     QueueCounters, WorkerView,
 };
+use pmd::airoha::Block;
 use pmd::capture::{Capture, CaptureOptions};
 use pmd::nic::NicControl;
 use pmd::{Arena, PortQueueStats};
@@ -16,11 +17,13 @@ use rtrb::Consumer;
 use sa_store::file::Config;
 use sa_store::policy::{Action, AddrRange};
 use sa_store::report::Report;
-use sa_store::sa::Direction;
+use sa_store::runtime::{Place, SaEntry};
+use sa_store::sa::{Direction, SaId, SaSpec};
 use sa_store::spd::PolicyIdx;
 
 use super::open::PortView;
 use crate::crypto::select::Selection;
+use crate::engine::Park;
 use crate::worker::{PolicyHits, Side, gateway_now};
 
 /// Most prefixes that one range of addresses is cut into for an interface's filter.
@@ -37,6 +40,8 @@ pub struct Plane {
     arena: Arc<Arena>,
     clock: Clock,
     crypto: Arc<Selection>,
+    engines: Park,
+    _blocks: Vec<Block>,
     reports: Mutex<Vec<Consumer<Report>>>,
     alive: Box<dyn Fn() -> bool + Send + Sync>,
 }
@@ -59,6 +64,10 @@ pub struct PlaneParts {
     pub clock: Clock,
     /// Crypto providers.
     pub crypto: Arc<Selection>,
+    /// Look-aside engines.
+    pub engines: Park,
+    /// What lies between engines and memory; it lives as long as the workers.
+    pub blocks: Vec<Block>,
     /// What workers tell.
     pub reports: Vec<Consumer<Report>>,
     /// Whether all workers' threads run.
@@ -77,6 +86,8 @@ impl Plane {
             arena,
             clock,
             crypto,
+            engines,
+            blocks,
             reports,
             alive,
         } = parts;
@@ -90,6 +101,8 @@ impl Plane {
             arena,
             clock,
             crypto,
+            engines,
+            _blocks: blocks,
             reports: Mutex::new(reports),
             alive,
         }
@@ -193,6 +206,18 @@ impl DataPlane for Plane {
                 tracing::error!(port = %port.name, error = %e, "destinations of the policies are not all taken from the interface");
             }
         }
+    }
+
+    fn place(&self, spec: &SaSpec) -> Result<Place, String> {
+        self.engines.place(spec)
+    }
+
+    fn install(&self, sa: &Arc<SaEntry>) -> Result<(), String> {
+        self.engines.install(sa)
+    }
+
+    fn remove(&self, sa: SaId) {
+        self.engines.remove(sa);
     }
 
     fn capture_start(&self, request: &CaptureRequest) -> Result<(), String> {

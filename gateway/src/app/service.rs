@@ -18,6 +18,7 @@ use super::privileges::{self, PrivilegeError};
 use crate::config::GatewayConfig;
 use crate::crypto::UnknownProvider;
 use crate::crypto::select::{Choice, Compare, SelectError, Selection};
+use crate::engine::Park;
 use crate::worker::{Crew, Worker};
 
 /// What a round takes under a seed, nanoseconds: time goes on with the rounds, so that whatever depends on it repeats.
@@ -228,6 +229,7 @@ fn build(
         arena,
         ports,
         capture,
+        engines,
     } = open(config, clock)?;
     let leases = if config.test_seed.is_some() {
         LeaseStore::throw_away()?
@@ -256,6 +258,8 @@ fn build(
         arena,
         clock: assembled.clock,
         crypto: Arc::clone(&crypto),
+        engines: Park::new(engines.desks, assembled.wakers),
+        blocks: engines.blocks,
         alive: Box::new(move || alive.load(Ordering::Relaxed)),
     });
     let parts = Parts {

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use super::decode::Decoded;
+use super::engine;
 use super::file::{AfXdpTable, PortTable, RouteTable};
 use super::port::{Fault, Nic, PortConfig, PortKind, PortKindName, Repeat, Steer};
 use super::problem::Problems;
@@ -20,12 +21,15 @@ pub(super) fn check(
     problems: &mut Problems,
 ) -> Option<GatewayConfig> {
     let dir = path.parent().unwrap_or(Path::new("")).to_owned();
+    let workers = decoded.file.workers.number();
+    let engines = engine::check(&decoded, &dir, workers, problems);
     let mut c = Checker {
         d: &decoded,
         dir,
         problems,
     };
     c.sections();
+    c.engines_without_seed();
     let ports = c.ports();
     let (routes, neighbours) = match &ports {
         Some(ports) => (c.routes(ports), c.neighbours(ports)),
@@ -38,6 +42,7 @@ pub(super) fn check(
         workers: f.workers.clone(),
         memory: f.memory.clone(),
         ports: ports?,
+        engines,
         routes,
         neighbours,
         sa_files: f.sa_files.iter().map(resolve).collect(),
@@ -159,6 +164,14 @@ impl Checker<'_, '_> {
             &["privileges", "group"],
             || "\"group\" needs \"user\"".into(),
         );
+    }
+
+    fn engines_without_seed(&mut self) {
+        let f = &self.d.file;
+        let both = f.test.seed.is_some() && !f.engine.is_empty();
+        self.require(!both, &["test", "seed"], || {
+            "a seed makes nonces repeat, so it is refused together with engines".into()
+        });
     }
 
     fn ports(&mut self) -> Option<Vec<PortConfig>> {

@@ -54,6 +54,7 @@ pub(super) fn decode<'t>(text: &'t str, problems: &mut Problems) -> Option<Decod
             "workers" => set(&mut file.workers, value, problems),
             "memory" => set(&mut file.memory, value, problems),
             "port" => ports_complete = list(&mut file.port, value, problems),
+            "engine" => drop(list(&mut file.engine, value, problems)),
             "route" => drop(list(&mut file.route, value, problems)),
             "neighbour" => drop(list(&mut file.neighbour, value, problems)),
             "sas" => set(&mut file.sas, value, problems),
@@ -76,7 +77,7 @@ pub(super) fn decode<'t>(text: &'t str, problems: &mut Problems) -> Option<Decod
 }
 
 fn unknown_top(key: &str) -> String {
-    let known = "sa_files, [workers], [memory], [[port]], [[route]], [[neighbour]], [sas], [leases], [crypto], \
+    let known = "sa_files, [workers], [memory], [[port]], [[engine]], [[route]], [[neighbour]], [sas], [leases], [crypto], \
                  [reassembly], [metrics], [api], [log], [privileges], [test]";
     format!("unknown key \"{key}\"; the file has {known}")
 }

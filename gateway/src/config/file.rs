@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use super::engine::EngineTable;
 use super::port::{AfXdpMode, Fault, PortKindName, Side, SocketRole};
 use super::value::{Mac, Prefix};
 
@@ -21,6 +22,8 @@ pub(super) struct FileConfig {
     pub memory: Memory,
     /// Ports.
     pub port: Vec<PortTable>,
+    /// Look-aside engines.
+    pub engine: Vec<EngineTable>,
     /// Static routes. Networks of the ports' own addresses need none.
     pub route: Vec<RouteTable>,
     /// Static neighbours.

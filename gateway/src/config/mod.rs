@@ -5,6 +5,7 @@
 
 mod check;
 mod decode;
+mod engine;
 mod file;
 mod port;
 mod problem;
@@ -13,6 +14,7 @@ mod value;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+pub use engine::{EngineAt, EngineConfig, EngineKind, EngineTable, EngineType};
 pub use file::{
     Api, Crypto, Huge, Idle, Leases, Log, LogFormat, Memory, Metrics, NeighbourTable, PortTable,
     Privileges, Reassembly, RouteTable, Sas, Test, Workers,
@@ -34,6 +36,8 @@ pub struct GatewayConfig {
     pub memory: Memory,
     /// Ports, in the order of the file.
     pub ports: Vec<PortConfig>,
+    /// Engines; SAs name them by their places here.
+    pub engines: Vec<EngineConfig>,
     /// Static routes; those of the ports' own networks are not among them.
     pub routes: Vec<RouteConfig>,
     /// Static neighbours.

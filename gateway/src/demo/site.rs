@@ -19,6 +19,7 @@ use sa_store::sa::Vrf;
 use super::tunnels::Site;
 use crate::app::{AssemblyConfig, OpenPort, Plane, PlaneParts, PortView, assemble};
 use crate::crypto::select::Selection;
+use crate::engine::Park;
 use crate::worker::{Crew, Locals, PortSetup, Side};
 
 const INSIDE: u16 = 0;
@@ -93,6 +94,8 @@ impl Gateway {
         let seen = Arc::clone(&alive);
         let counters = assembled.counters;
         let plane = Plane::new(PlaneParts {
+            engines: Park::default(),
+            blocks: Vec::new(),
             workers: counters
                 .iter()
                 .map(|c| WorkerView {

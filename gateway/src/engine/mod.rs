@@ -1,5 +1,12 @@
-//! The CPU as an engine: software suites behind the same trait as hardware.
+//! What ciphers: software suites behind the same trait as hardware, and the way from workers to both.
 
+mod bank;
+mod desk;
+mod fit;
+mod park;
 mod software;
 
+pub use bank::{Bank, WAITING};
+pub use desk::{Desk, DeskError};
+pub use park::Park;
 pub use software::SoftwareEngine;

@@ -69,6 +69,54 @@ pub fn post(
 ) -> Result<Decapped, DropReason> {
     let body = usize::from(esp_off) + ESP_HEADER + usize::from(plan.iv_len);
     let trailer = trailer(frame.data(), body, usize::from(plan.icv_len))?;
+    unwrap(frame, tos, body, trailer, plan, natt, inner)
+}
+
+/// What an engine has left of a packet that it opened in packet mode.
+#[derive(Clone, Copy, Debug)]
+pub struct Bare {
+    /// Where the ESP header starts, which with the outer headers still stands in front; `None`: the inner packet alone.
+    pub esp_off: Option<u16>,
+    /// What the trailer said.
+    pub next_header: u8,
+}
+
+/// As [`post`], for a packet whose padding, trailer and ICV an engine has checked and taken off.
+///
+/// # Errors
+/// Those of [`post`].
+pub fn bare(
+    frame: &mut Frame,
+    tos: u8,
+    bare: Bare,
+    plan: &InPlan,
+    natt: NattPorts,
+    inner: &mut Parsed,
+) -> Result<Decapped, DropReason> {
+    let front = |off| usize::from(off) + ESP_HEADER + usize::from(plan.iv_len);
+    let body = bare.esp_off.map_or(0, front);
+    let payload_end = frame.len();
+    if body > payload_end || (body == 0 && plan.mode == Mode::Transport) {
+        return Err(DropReason::InnerMalformed);
+    }
+    let trailer = Trailer {
+        next_header: bare.next_header,
+        payload_end,
+    };
+    unwrap(frame, tos, body, trailer, plan, natt, inner)
+}
+
+/// Takes off what stands around the payload, which begins at `body`.
+#[inline(always)]
+fn unwrap(
+    frame: &mut Frame,
+    tos: u8,
+    body: usize,
+    trailer: Trailer,
+    plan: &InPlan,
+    natt: NattPorts,
+    inner: &mut Parsed,
+) -> Result<Decapped, DropReason> {
     if trailer.next_header == proto::NO_NEXT {
         return Ok(Decapped::Consumed(Consumed::Dummy));
     }

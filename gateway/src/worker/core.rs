@@ -10,7 +10,6 @@
 
 use std::sync::Arc;
 
-use pmd::engine::EspEngine;
 use pmd::{BURST, Frame, Pool};
 use sa_store::drops::{Consumed, DropReason};
 use sa_store::flow::{FlowKey, L4};
@@ -26,6 +25,7 @@ use super::outbound::Outbound;
 use super::reports::Reports;
 use super::setup::{PipelineConfig, PolicyHits, Side};
 use super::stages::{Stage, StageClock};
+use crate::engine::Bank;
 use crate::esp::iv::CbcIvGen;
 use crate::wire::{self, Family, Frag, Kind, NattPorts, Parsed};
 
@@ -38,7 +38,7 @@ pub(super) struct Shared {
     pub(super) pool: Pool,
     pub(super) ports: Ports,
     pub(super) handover: Handover,
-    pub(super) engine: Box<dyn EspEngine>,
+    pub(super) bank: Bank,
     pub(super) natt: NattPorts,
     pub(super) stages: StageClock,
     pub(super) reports: Reports,
@@ -52,6 +52,21 @@ impl Shared {
     pub(super) fn drop(&mut self, frame: Frame, reason: DropReason) {
         self.counters.drop_frames(reason, 1);
         self.pool.put(frame);
+    }
+
+    /// One round of the engines: what was staged goes in, what is done comes out.
+    #[inline]
+    fn turn_engines(&mut self, snapshot: &Snapshot) -> usize {
+        let wakers = self.handover.wakers();
+        let got = self.bank.turn(snapshot, |worker| {
+            if let Some(waker) = wakers.get(worker) {
+                waker.wake();
+            }
+        });
+        if !self.bank.is_plain() {
+            self.counters.in_flight.set(self.bank.in_flight() as u64);
+        }
+        got
     }
 
     /// Tells the audit log of a packet that is about to be dropped; see [`Reports::audit`].
@@ -147,6 +162,7 @@ impl Core {
             .inbound
             .run(&mut self.shared, snapshot, &mut self.outbound);
         work += self.outbound.run(&mut self.shared, snapshot);
+        work += self.shared.turn_engines(snapshot);
         work += self
             .shared
             .ports
@@ -156,7 +172,8 @@ impl Core {
         self.settle(work);
         let held = self.shared.ports.backlog() + self.inbound.held() + self.outbound.held();
         self.shared.counters.waiting.set(held as u64);
-        work
+        // Engines wake nobody: as long as they have something, the worker polls.
+        work + usize::from(self.shared.bank.is_busy())
     }
 
     /// Brings the policies' counters up to date: a little each round under load, and whenever there is time.
@@ -194,13 +211,24 @@ impl Core {
     /// Whether nothing is inside: no backlog, nothing in an engine or in a ring to this worker.
     pub(super) fn is_empty(&self) -> bool {
         self.shared.ports.backlog() == 0
-            && self.shared.engine.in_flight() == 0
+            && !self.shared.bank.is_busy()
             && !self.shared.handover.pending()
     }
 
     /// Gives every held frame back, counted as dropped at shutdown, and empties the ports.
     pub(super) fn shut_down(&mut self) {
         let shared = &mut self.shared;
+        let Shared {
+            bank,
+            counters,
+            pool,
+            ..
+        } = shared;
+        bank.abandon(|job| {
+            counters.drop_frames(DropReason::Shutdown, 1);
+            pool.put(job.frame);
+        });
+        counters.in_flight.set(bank.in_flight() as u64);
         self.inbound.abandon(shared);
         self.outbound.abandon(shared);
         // From wherever the last pass stopped, then round.

@@ -7,6 +7,7 @@ use sa_store::drops::{Consumed, DropReason};
 use sa_store::flow::{FlowCache, FlowKey};
 use sa_store::replay::Replay;
 use sa_store::runtime::{SaEntry, TunnelIdx};
+use sa_store::sa::OffloadMode;
 use sa_store::snapshot::Snapshot;
 use sa_store::spd::{InboundVerdict, Verdict};
 
@@ -16,7 +17,7 @@ use super::lane::{Info, Lane};
 use super::outbound::{AHEAD, Outbound};
 use super::setup::{PipelineConfig, PolicyHits, Side};
 use super::stages::Stage;
-use crate::esp::decap::{self, DecapPre, Decapped};
+use crate::esp::decap::{self, Bare, DecapPre, Decapped};
 use crate::esp::reassembly::{Fate, Reassembler};
 use crate::wire::{self, Frag, Kind, Parsed, proto};
 
@@ -96,10 +97,12 @@ impl Inbound {
             self.look_up(shared, snapshot, out);
             shared.stages.mark(Stage::LookUp);
         }
+        shared.bank.take(JobKind::Open, &mut self.done);
         if !self.jobs.is_empty() {
+            let kind = JobKind::Open;
             shared
-                .engine
-                .submit(snapshot, &mut self.jobs, &mut self.done);
+                .bank
+                .submit(snapshot, kind, &mut self.jobs, &mut self.done);
             self.refuse_rest(shared);
             shared.stages.mark(Stage::Crypto);
         }
@@ -153,6 +156,12 @@ impl Inbound {
                 );
                 continue;
             }
+            let place = entry.fixed.place;
+            if place.engine != 0 && !shared.bank.has_room(place.engine) {
+                entry.live.counters.engine.add(1);
+                shared.drop(frame, DropReason::EngineBusy);
+                continue;
+            }
             match admit(entry, &info.p, shared.now) {
                 Ok((pre, seq)) => {
                     entry.fixed.cipher.prefetch();
@@ -166,9 +175,15 @@ impl Inbound {
                         esp_end: info.p.l3_len,
                         next_header: 0,
                         kind: JobKind::Open,
-                        mode: entry.fixed.place.mode,
+                        mode: place.mode,
                         status: JobStatus::Pending,
                     });
+                    if place.engine != 0
+                        && let Some(job) = self.jobs.pop()
+                        && let Err(job) = shared.bank.stage(place.engine, job)
+                    {
+                        shared.drop(job.frame, DropReason::EngineBusy);
+                    }
                 }
                 Err(reason) => {
                     shared.audit(reason, &frame, &info.p, None);
@@ -530,10 +545,20 @@ fn open(
             return Err(DropReason::IcvMismatch);
         }
         JobStatus::SaGone => return Err(DropReason::SaDisabled),
+        JobStatus::Replayed => return Err(replayed(entry, Replay::Duplicate)),
+        JobStatus::Malformed => {
+            live.counters.malformed.add(1);
+            return Err(DropReason::EngineRefused);
+        }
         _ => {
             live.counters.engine.add(1);
             return Err(DropReason::EngineError);
         }
+    }
+    let place = entry.fixed.place;
+    // A successor may have read the window while the packet was in the engine.
+    if place.engine != 0 && entry.disabled() {
+        return Err(DropReason::SaDisabled);
     }
     entry.cover_in(job.seq)?;
     match live.window.commit(job.seq) {
@@ -543,15 +568,17 @@ fn open(
     let Some(plan) = &entry.fixed.inb else {
         return Err(DropReason::SaNotFound);
     };
-    let opened = decap::post(
-        &mut job.frame,
-        outer.tos(),
-        job.esp_off,
-        plan,
-        shared.natt,
-        inner,
-    )
-    .inspect_err(|_| {
+    let frame = &mut job.frame;
+    let opened = if job.mode == OffloadMode::Packet {
+        let bare = Bare {
+            esp_off: (!place.outer_headers).then_some(job.esp_off),
+            next_header: job.next_header,
+        };
+        decap::bare(frame, outer.tos(), bare, plan, shared.natt, inner)
+    } else {
+        decap::post(frame, outer.tos(), job.esp_off, plan, shared.natt, inner)
+    };
+    let opened = opened.inspect_err(|_| {
         live.counters.malformed.add(1);
     })?;
     entry.account_in(job.frame.len() as u64, shared.now)?;

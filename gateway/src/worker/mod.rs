@@ -7,6 +7,7 @@ mod handover;
 mod idle;
 mod inbound;
 mod lane;
+mod offload;
 mod outbound;
 mod reports;
 mod setup;

@@ -8,7 +8,7 @@ use sa_store::drops::DropReason;
 use sa_store::flow::{FlowCache, FlowKey};
 use sa_store::plan::OutPlan;
 use sa_store::runtime::{SaEntry, TunnelIdx};
-use sa_store::sa::{Mode, SaId};
+use sa_store::sa::{Mode, OffloadMode, SaId};
 use sa_store::snapshot::Snapshot;
 use sa_store::spd::{Action, Verdict};
 
@@ -17,6 +17,7 @@ use super::cover::{Cover, DUMMY_LEN};
 use super::egress::{Egress, PortHop};
 use super::handover::{Handed, Task};
 use super::lane::{Info, Lane};
+use super::offload;
 use super::setup::{PipelineConfig, PolicyHits, Side};
 use super::stages::Stage;
 use crate::esp::encap::{self, EncapArgs, EncapState, Hop};
@@ -25,7 +26,7 @@ use crate::esp::icmp::{self, IcmpError};
 use crate::esp::iv::CbcIvGen;
 use crate::esp::mss;
 use crate::esp::rate::TokenBucket;
-use crate::wire;
+use crate::wire::{self, Frag, proto};
 use sa_store::ledger::Generated;
 
 /// Packets whose SAs are found before the first is used.
@@ -117,10 +118,12 @@ impl Outbound {
         while let Some(id) = self.cover.next_due(shared.now) {
             self.dummy(shared, snapshot, id);
         }
+        shared.bank.take(JobKind::Seal, &mut self.done);
         if !self.jobs.is_empty() {
+            let kind = JobKind::Seal;
             shared
-                .engine
-                .submit(snapshot, &mut self.jobs, &mut self.done);
+                .bank
+                .submit(snapshot, kind, &mut self.jobs, &mut self.done);
             for job in self.jobs.drain(..) {
                 shared.drop(job.frame, DropReason::EngineBusy);
             }
@@ -326,7 +329,8 @@ impl Outbound {
             if plan.mss_clamp {
                 mss::clamp(frame.data_mut(), p, mss::mss_for(inner_mtu, p.family));
             }
-            if p.l3_len > inner_mtu && !may_fragment(plan, p) {
+            let whole = entry.fixed.place.mode == OffloadMode::Packet || !may_fragment(plan, p);
+            if p.l3_len > inner_mtu && whole {
                 self.answer(
                     shared,
                     frame.data(),
@@ -336,6 +340,15 @@ impl Outbound {
                 shared.drop(frame, DropReason::TooBig);
                 return;
             }
+        }
+        if entry.fixed.place.engine != 0 {
+            let way = Way {
+                hop,
+                mtu,
+                inner_mtu,
+            };
+            self.protect_on_engine(shared, entry, plan, frame, info, way);
+            return;
         }
         let seq = match entry.next_out(u64::from(p.l3_len), shared.now) {
             Ok(seq) => seq,
@@ -363,7 +376,7 @@ impl Outbound {
             esp_end: 0,
             next_header: 0,
             kind: JobKind::Seal,
-            mode: entry.fixed.place.mode,
+            mode: OffloadMode::Software,
             status: JobStatus::Pending,
         });
         let Some(job) = self.jobs.last_mut() else {
@@ -383,6 +396,75 @@ impl Outbound {
         }
     }
 
+    /// The rest of [`protect_one`](Self::protect_one) for an SA whose packets an engine ciphers.
+    #[inline(never)]
+    fn protect_on_engine(
+        &mut self,
+        shared: &mut Shared,
+        entry: &SaEntry,
+        plan: &OutPlan,
+        mut frame: Frame,
+        info: &Info,
+        way: Way,
+    ) {
+        let (p, place) = (&info.p, entry.fixed.place);
+        let refused = if !shared.bank.has_room(place.engine) {
+            Some(DropReason::EngineBusy)
+        } else if place.mode == OffloadMode::Packet && p.frag != Frag::No {
+            Some(DropReason::EngineRefused)
+        } else {
+            None
+        };
+        if let Some(reason) = refused {
+            entry.live.counters.engine.add(1);
+            shared.drop(frame, reason);
+            return;
+        }
+        let seq = match entry.next_out(u64::from(p.l3_len), shared.now) {
+            Ok(seq) => seq,
+            Err(reason) => {
+                shared.audit(reason, &frame, p, Some((entry.fixed.spi, 0)));
+                shared.drop(frame, reason);
+                return;
+            }
+        };
+        let built = if place.outer_headers {
+            wire::decrement_ttl(frame.data_mut(), p).map(|()| 0)
+        } else {
+            let args = EncapArgs {
+                seq,
+                hop: Hop::Forwarded,
+                inner_mtu: way.inner_mtu,
+            };
+            encap::encap(&mut frame, p, plan, args, &mut self.state).map(|ok| ok.esp_off)
+        };
+        match built {
+            Ok(esp_off) => {
+                let job = EspJob {
+                    esp_end: length(&frame),
+                    frame,
+                    sa: entry.fixed.id,
+                    seq,
+                    tag: way.hop.to_tag(),
+                    note: note(plan, way.mtu),
+                    esp_off,
+                    next_header: match p.family {
+                        wire::Family::V4 => proto::IPV4,
+                        wire::Family::V6 => proto::IPV6,
+                    },
+                    kind: JobKind::Seal,
+                    mode: place.mode,
+                    status: JobStatus::Pending,
+                };
+                offload::stage(shared, entry, plan, job);
+            }
+            Err(reason) => {
+                entry.live.counters.malformed.add(1);
+                shared.drop(frame, reason);
+            }
+        }
+    }
+
     /// When a dummy packet is due next, gateway clock.
     pub(super) fn wake_at(&self) -> Option<u64> {
         self.cover.wake_at()
@@ -393,6 +475,10 @@ impl Outbound {
     fn dummy(&mut self, shared: &mut Shared, snapshot: &Snapshot, id: SaId) {
         let Some(entry) = snapshot.sa(id) else { return };
         let Some(plan) = &entry.fixed.out else { return };
+        let place = entry.fixed.place;
+        if place.engine != 0 && !shared.bank.has_room(place.engine) {
+            return;
+        }
         let Egress::Port(hop) = shared.ports.route(
             &snapshot.fib,
             entry.fixed.vrf,
@@ -419,19 +505,25 @@ impl Outbound {
             ))
         });
         match built {
-            Ok((seq, ok)) => self.jobs.push(EspJob {
-                esp_end: length(&frame),
-                frame,
-                sa: id,
-                seq,
-                tag: hop.to_tag(),
-                note: note(plan, plan.outer_mtu(shared.ports.mtu(hop))),
-                esp_off: ok.esp_off,
-                next_header: 0,
-                kind: JobKind::Seal,
-                mode: entry.fixed.place.mode,
-                status: JobStatus::Pending,
-            }),
+            Ok((seq, ok)) => {
+                let job = EspJob {
+                    esp_end: length(&frame),
+                    frame,
+                    sa: id,
+                    seq,
+                    tag: hop.to_tag(),
+                    note: note(plan, plan.outer_mtu(shared.ports.mtu(hop))),
+                    esp_off: ok.esp_off,
+                    next_header: 0,
+                    kind: JobKind::Seal,
+                    mode: place.mode,
+                    status: JobStatus::Pending,
+                };
+                match place.engine {
+                    0 => self.jobs.push(job),
+                    _ => offload::stage(shared, entry, plan, job),
+                }
+            }
             Err(reason) => shared.drop(frame, reason),
         }
     }
@@ -442,16 +534,12 @@ impl Outbound {
         let mut encrypted = 0;
         for job in done.drain(..) {
             match job.status {
-                JobStatus::Done => {}
-                JobStatus::SaGone => {
-                    shared.drop(job.frame, DropReason::SaDisabled);
-                    continue;
-                }
-                _ => {
+                JobStatus::Done if job.mode != OffloadMode::Packet || offload::is_whole(&job) => {}
+                status => {
                     if let Some(entry) = snapshot.sa(job.sa) {
                         entry.live.counters.engine.add(1);
                     }
-                    shared.drop(job.frame, DropReason::EngineError);
+                    shared.drop(job.frame, offload::reason(status));
                     continue;
                 }
             }
@@ -547,6 +635,13 @@ impl Outbound {
             Err(reason) => shared.drop(frame, reason),
         }
     }
+}
+
+/// Where a packet that is to be protected will go.
+struct Way {
+    hop: PortHop,
+    mtu: u16,
+    inner_mtu: u16,
 }
 
 /// The SAs on which a burst of packets will go, found before the first is used and fetched a little ahead, so that misses

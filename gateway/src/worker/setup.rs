@@ -4,7 +4,6 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
 use hashbrown::HashSet;
-use pmd::engine::EspEngine;
 use pmd::port::MacAddr;
 use pmd::{Pool, PortQueue};
 use rtrb::Producer;
@@ -18,6 +17,7 @@ use sa_store::spd::Verdict;
 
 use super::handover::Handover;
 use super::idle::IdlePolicy;
+use crate::engine::Bank;
 use crate::esp::reassembly::ReassemblyConfig;
 
 /// On which side of the protection boundary a port lies, RFC 4301 section 3.1.
@@ -112,8 +112,8 @@ pub struct WorkerParts {
     pub queues: Vec<Vec<Box<dyn PortQueue>>>,
     /// For each port, a worker that has a queue of it.
     pub queue_owner: Vec<usize>,
-    /// Engine.
-    pub engine: Box<dyn EspEngine>,
+    /// What ciphers.
+    pub bank: Bank,
     /// Rings to and from the other workers.
     pub handover: Handover,
     /// Counters.

@@ -2,12 +2,15 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
 
+pub mod models;
+
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use etherparse::PacketBuilder;
 use gateway::app::{Assembled, AssemblyConfig, OpenPort, assemble};
 use gateway::crypto::select::{Choice, Compare, Selection};
+use gateway::engine::{Desk, Park};
 use gateway::worker::{Locals, PortSetup, Side};
 use pmd::memory::{MemoryQueue, PairConfig, pair};
 use pmd::port::MacAddr;
@@ -16,7 +19,7 @@ use sa_store::drops::DropReason;
 use sa_store::fib::{Fib, Neighbours, Route, RouteTo};
 use sa_store::ledger::Balance;
 use sa_store::policy::{Action, AddrRange, Policy, Ports, Selector};
-use sa_store::runtime::Start;
+use sa_store::runtime::{Place, Start};
 use sa_store::sa::*;
 use sa_store::spd::Spd;
 use sa_store::suite::{AeadIcv, AesBits, Suite};
@@ -113,6 +116,8 @@ pub struct Bed {
     pub wire: Vec<Vec<u8>>,
     /// Frames from the left gateway are recorded but do not reach the right one.
     pub cut: bool,
+    /// Ends after the workers, before frames are counted.
+    pub kept: Option<Box<dyn std::any::Any>>,
 }
 
 /// Changes the assembly of a site; true for the left one.
@@ -131,7 +136,12 @@ pub struct Plan {
     pub start: Start,
     pub frames: u32,
     pub ring: usize,
+    /// The engines of each site; true for the left one.
+    pub engines: Engines,
 }
+
+/// Opens engines that work on frames of the arena.
+pub type Engines = Box<dyn Fn(&Arc<Arena>, bool) -> Vec<Arc<Desk>>>;
 
 impl Default for Plan {
     fn default() -> Self {
@@ -148,6 +158,7 @@ impl Default for Plan {
             },
             frames: 4096,
             ring: 1024,
+            engines: Box::new(|_, _| Vec::new()),
         }
     }
 }
@@ -240,7 +251,9 @@ pub fn bed(plan: &Plan) -> Bed {
             ),
             ..AssemblyConfig::default()
         };
+        config.desks = (plan.engines)(&arena, left);
         (plan.config)(&mut config, left);
+        let desks = config.desks.clone();
         let mut gw = assemble(config, &arena, ports).unwrap();
         let mut n = Neighbours::default();
         let host = n.add(0, ip(&format!("{own_net}.0.1")));
@@ -282,9 +295,19 @@ pub fn bed(plan: &Plan) -> Bed {
                 ..s.clone()
             };
             let start = plan.start;
-            gw.store
-                .add_sa(&mut draft, Arc::new(s), &selection, start, 0)
+            let park = Park::new(desks.clone(), Arc::clone(&gw.wakers));
+            let place = if desks.is_empty() {
+                Place::CPU
+            } else {
+                park.place(&s).unwrap()
+            };
+            let id = gw
+                .store
+                .add_sa_on(&mut draft, Arc::new(s), &selection, start, place, 0)
                 .unwrap();
+            if place.engine != 0 {
+                park.install(draft.snapshot().sa(id).unwrap()).unwrap();
+            }
         }
         let v4 = |a: &str, b: &str| any(&format!("{a}.0.0/16"), &format!("{b}.0.0/16"));
         let v6 = |a: &str, b: &str| any(&format!("{a}/16"), &format!("{b}/16"));
@@ -339,6 +362,7 @@ pub fn bed(plan: &Plan) -> Bed {
         right,
         wire: Vec::new(),
         cut: false,
+        kept: None,
     }
 }
 
@@ -547,6 +571,7 @@ impl Drop for Bed {
             site.host.drain(&mut self.pool);
             site.wire.drain(&mut self.pool);
         }
+        self.kept = None;
         if !std::thread::panicking() {
             assert_eq!(self.arena.outstanding(), 0, "no frame is lost");
         }

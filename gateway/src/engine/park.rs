@@ -1,0 +1,133 @@
+//! All look-aside engines, from control's side: which one an SA goes to, and its installation there.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use sa_store::runtime::{Place, SaEntry};
+use sa_store::sa::{OffloadMode, SaId, SaSpec};
+
+use super::desk::Desk;
+use super::fit;
+use crate::worker::Waker;
+
+/// The engines by number, from 1.
+pub struct Park {
+    desks: Vec<Arc<Desk>>,
+    wakers: Arc<[Waker]>,
+    /// Engines that have the SA.
+    installed: Mutex<HashMap<SaId, u8>>,
+}
+
+impl Default for Park {
+    fn default() -> Self {
+        Self::new(Vec::new(), Arc::from([]))
+    }
+}
+
+impl Park {
+    /// The engines behind `desks`, whose workers `wakers` wake.
+    pub fn new(desks: Vec<Arc<Desk>>, wakers: Arc<[Waker]>) -> Self {
+        Self {
+            desks,
+            wakers,
+            installed: Mutex::default(),
+        }
+    }
+
+    /// The engines.
+    pub fn desks(&self) -> &[Arc<Desk>] {
+        &self.desks
+    }
+
+    /// Where the SA is to be ciphered.
+    ///
+    /// # Errors
+    /// The engine that it names, or every engine, cannot carry it.
+    pub fn place(&self, spec: &SaSpec) -> Result<Place, String> {
+        if spec.offload == OffloadMode::Software {
+            return Ok(Place::CPU);
+        }
+        if self.desks.is_empty() {
+            return Err(format!(
+                "\"offload\" asks for an engine, and the gateway's configuration has no [[engine]]: add one, or remove \"offload\" from SA \"{}\"",
+                spec.name
+            ));
+        }
+        let mut reasons = Vec::new();
+        for (number, desk) in (1u8..).zip(&self.desks) {
+            if spec.engine.as_ref().is_some_and(|name| name != desk.name()) {
+                continue;
+            }
+            let can = desk.capabilities();
+            let full = self.used(number) >= can.slots;
+            let why = fit::refusal(can, spec).or_else(|| full.then(|| "it is full".into()));
+            match why {
+                None => {
+                    return Ok(Place {
+                        engine: number,
+                        mode: spec.offload,
+                        outer_headers: spec.offload == OffloadMode::Packet && can.outer_headers,
+                    });
+                }
+                Some(why) => reasons.push(format!("engine \"{}\": {why}", desk.name())),
+            }
+        }
+        match &spec.engine {
+            Some(name) if reasons.is_empty() => {
+                let known: Vec<_> = self.desks.iter().map(|d| d.name()).collect();
+                Err(format!(
+                    "there is no engine \"{name}\"; the engines are {}",
+                    known.join(", ")
+                ))
+            }
+            Some(_) => Err(reasons.join("; ")),
+            None => {
+                tracing::info!(sa = %spec.name, why = reasons.join("; "), "no engine fits, the CPU ciphers");
+                Ok(Place::CPU)
+            }
+        }
+    }
+
+    /// Prepares the SA's engine.
+    ///
+    /// # Errors
+    /// The engine refuses, or its worker does not answer.
+    pub fn install(&self, sa: &Arc<SaEntry>) -> Result<(), String> {
+        let number = sa.fixed.place.engine;
+        let Some(desk) = self.desk(number) else {
+            return Err(format!("there is no engine number {number}"));
+        };
+        desk.install(sa, || self.wake(desk))
+            .map_err(|e| e.to_string())?;
+        self.installed().insert(sa.fixed.id, number);
+        Ok(())
+    }
+
+    /// Lets the SA's engine forget it.
+    pub fn remove(&self, sa: SaId) {
+        let number = self.installed().remove(&sa);
+        if let Some(desk) = number.and_then(|n| self.desk(n)) {
+            desk.remove(sa, || self.wake(desk));
+        }
+    }
+
+    fn desk(&self, number: u8) -> Option<&Arc<Desk>> {
+        self.desks.get(usize::from(number).checked_sub(1)?)
+    }
+
+    fn used(&self, number: u8) -> usize {
+        self.installed().values().filter(|n| **n == number).count()
+    }
+
+    fn installed(&self) -> std::sync::MutexGuard<'_, HashMap<SaId, u8>> {
+        self.installed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self, desk: &Desk) {
+        if let Some(waker) = self.wakers.get(desk.worker()) {
+            waker.wake();
+        }
+    }
+}
