@@ -2,7 +2,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use sa_store::cipher::CipherFactory;
@@ -14,7 +13,7 @@ use sa_store::spd::Spd;
 use sa_store::store::{Draft, Store};
 
 use crate::keeper::{Keeper, Tracked};
-use crate::plane::DataPlane;
+use crate::plane::{DataPlane, Installed};
 
 /// How long a reload waits for the disk before it gives up.
 const DISK: Duration = Duration::from_secs(10);
@@ -350,14 +349,14 @@ fn stop_and_wait(
     for e in &stopped.0 {
         e.set_disabled(true);
     }
-    // A worker that acknowledges this publication has finished every burst that began before the mark.
+    // A worker that acknowledges this publication has finished every burst that began before the mark. What an engine still
+    // has of these SAs is refused when it comes back, as they are disabled.
     let barrier = store.draft();
     store.publish(barrier);
     let deadline = Instant::now() + RETIRE;
-    let in_flight = |e: &Arc<SaEntry>| e.live.in_flight.load(Ordering::Acquire) != 0;
     loop {
         reap(store, keeper, writer, plane);
-        if store.settled() && !stopped.0.iter().any(in_flight) {
+        if store.settled() {
             return Ok(stopped);
         }
         if Instant::now() > deadline {
@@ -427,16 +426,25 @@ fn fill(
         };
         let place = engines.plane.place(&w.spec).map_err(refuse)?;
         let mut id = add(draft, place)?;
-        if place.engine != 0
-            && let Err(why) = engines.install(draft, id)
-        {
-            if w.spec.engine.is_some() {
-                return Err(refuse(why));
+        if place.engine != 0 {
+            match engines.install(draft, id) {
+                Ok(Installed::Engine) => {}
+                Ok(Installed::Stopped(why)) => {
+                    tracing::warn!(sa = %w.spec.name, why, "stopped: its tunnel needs a new SA");
+                }
+                Ok(Installed::Cpu(why)) => {
+                    tracing::warn!(sa = %w.spec.name, why, "the CPU ciphers until the next rekey");
+                    draft.remove_sa(id);
+                    id = add(draft, Place::CPU)?;
+                }
+                Err(why) if w.spec.engine.is_some() => return Err(refuse(why)),
+                // "auto" leaves the choice to us.
+                Err(why) => {
+                    tracing::info!(sa = %w.spec.name, why, "the CPU ciphers");
+                    draft.remove_sa(id);
+                    id = add(draft, Place::CPU)?;
+                }
             }
-            // "auto" leaves the choice to us.
-            tracing::info!(sa = %w.spec.name, why, "stays with the CPU");
-            draft.remove_sa(id);
-            id = add(draft, Place::CPU)?;
         }
         if let Some(entry) = draft.snapshot().sa(id) {
             tracked.push(Tracked::clone(lease).attached(Arc::clone(entry)));
@@ -460,13 +468,15 @@ impl<'p> Engines<'p> {
         }
     }
 
-    fn install(&mut self, draft: &Draft, id: SaId) -> Result<(), String> {
+    fn install(&mut self, draft: &Draft, id: SaId) -> Result<Installed, String> {
         let Some(entry) = draft.snapshot().sa(id) else {
-            return Ok(());
+            return Err("it is not in the draft".into());
         };
-        self.plane.install(entry)?;
-        self.prepared.push(id);
-        Ok(())
+        let installed = self.plane.install(entry)?;
+        if installed == Installed::Engine {
+            self.prepared.push(id);
+        }
+        Ok(installed)
     }
 
     fn keep(mut self) {

@@ -116,6 +116,17 @@ pub struct CaptureReport {
     pub lost: u64,
 }
 
+/// What became of an SA that was to be installed in an engine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Installed {
+    /// The engine carries it.
+    Engine,
+    /// An earlier life has used it, and the engine cannot go on from there: outbound, it is stopped and needs a successor.
+    Stopped(String),
+    /// Inbound, the CPU opens its packets until then.
+    Cpu(String),
+}
+
 /// The running data path.
 pub trait DataPlane: Send + Sync {
     /// Workers by number.
@@ -162,7 +173,7 @@ pub trait DataPlane: Send + Sync {
     ///
     /// # Errors
     /// The engine refuses it, for the operator.
-    fn install(&self, sa: &Arc<SaEntry>) -> Result<(), String> {
+    fn install(&self, sa: &Arc<SaEntry>) -> Result<Installed, String> {
         Err(format!("there is no engine for SA \"{}\"", sa.spec.name))
     }
 

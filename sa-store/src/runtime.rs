@@ -182,8 +182,6 @@ pub struct Live {
     lease_end: AtomicU64,
     /// Inbound window.
     pub window: ReplayWindow,
-    /// Jobs in engines.
-    pub in_flight: AtomicU32,
     /// Nanoseconds (gateway clock) of the last packet carried.
     pub last_used: Counter,
     thresholds: Thresholds,
@@ -354,7 +352,6 @@ impl SaEntry {
             last_used: Counter::default(),
             counters: SaCounters::default(),
             window: ReplayWindow::resume(spec.replay_window, spec.esn, start.window_top),
-            in_flight: AtomicU32::new(0),
         };
         Self {
             fixed,

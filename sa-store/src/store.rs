@@ -379,11 +379,7 @@ impl Store {
         let tunnels = &mut self.tunnels;
         let free = &mut self.free;
         self.retiring.retain(|(epoch, entry)| {
-            let in_flight = entry
-                .live
-                .in_flight
-                .load(std::sync::atomic::Ordering::Acquire);
-            if superseded_left < *epoch || in_flight != 0 {
+            if superseded_left < *epoch {
                 return true;
             }
             if let Some(tunnel) = tunnels.get_mut(entry.fixed.tunnel.0 as usize) {

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use control::plane::{
-    CaptureReport, CaptureRequest, DataPlane, DeviceReport, PortReport, ProviderReport,
+    CaptureReport, CaptureRequest, DataPlane, DeviceReport, Installed, PortReport, ProviderReport,
     QueueCounters, WorkerView,
 };
 use pmd::airoha::Block;
@@ -212,7 +212,7 @@ impl DataPlane for Plane {
         self.engines.place(spec)
     }
 
-    fn install(&self, sa: &Arc<SaEntry>) -> Result<(), String> {
+    fn install(&self, sa: &Arc<SaEntry>) -> Result<Installed, String> {
         self.engines.install(sa)
     }
 

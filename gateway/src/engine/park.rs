@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use sa_store::runtime::{Place, SaEntry};
-use sa_store::sa::{OffloadMode, SaId, SaSpec};
+use control::plane::Installed;
+use sa_store::runtime::{Place, SaEntry, event};
+use sa_store::sa::{Direction, OffloadMode, SaId, SaSpec};
 
 use super::desk::Desk;
 use super::fit;
@@ -92,15 +93,30 @@ impl Park {
     ///
     /// # Errors
     /// The engine refuses, or its worker does not answer.
-    pub fn install(&self, sa: &Arc<SaEntry>) -> Result<(), String> {
+    pub fn install(&self, sa: &Arc<SaEntry>) -> Result<Installed, String> {
         let number = sa.fixed.place.engine;
         let Some(desk) = self.desk(number) else {
             return Err(format!("there is no engine number {number}"));
         };
+        if sa.fixed.place.mode == OffloadMode::Packet && !desk.capabilities().renumbers {
+            let why = format!(
+                "it has carried packets, and engine \"{}\" begins at 1",
+                desk.name()
+            );
+            match sa.fixed.direction {
+                Direction::Out if sa.next_seq() > 1 => {
+                    sa.set_disabled(true);
+                    sa.raise(event::ENGINE_LOST);
+                    return Ok(Installed::Stopped(why));
+                }
+                Direction::In if sa.live.window.top() > 0 => return Ok(Installed::Cpu(why)),
+                _ => {}
+            }
+        }
         desk.install(sa, || self.wake(desk))
             .map_err(|e| e.to_string())?;
         self.installed().insert(sa.fixed.id, number);
-        Ok(())
+        Ok(Installed::Engine)
     }
 
     /// Lets the SA's engine forget it.
