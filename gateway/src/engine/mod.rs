@@ -3,6 +3,7 @@
 mod bank;
 mod desk;
 mod fit;
+pub mod parallel;
 mod park;
 mod software;
 

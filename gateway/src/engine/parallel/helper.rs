@@ -1,0 +1,124 @@
+//! The other workers' side.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use pmd::BURST;
+use rtrb::{Consumer, Producer, PushError};
+
+use super::piece::Parcel;
+
+/// Packets of one owner in one round, after which a helper sees to its own.
+const SHARE: usize = BURST;
+
+/// What a helper that ends leaves to an owner: pieces not begun, where the owner finds them.
+#[derive(Default)]
+pub(super) struct Left {
+    is_left: AtomicBool,
+    tasks: Mutex<Option<Consumer<Parcel>>>,
+}
+
+impl Left {
+    /// The ring of pieces not begun, once the helper has ended.
+    #[inline]
+    pub(super) fn take(&self) -> Option<Consumer<Parcel>> {
+        if !self.is_left.load(Ordering::Acquire) {
+            return None;
+        }
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        tasks.take()
+    }
+
+    fn leave(&self, tasks: Option<Consumer<Parcel>>) {
+        *self.tasks.lock().unwrap_or_else(PoisonError::into_inner) = tasks;
+        self.is_left.store(true, Ordering::Release);
+    }
+}
+
+/// A helper's ends of the rings from and to one owner.
+pub(super) struct Post {
+    tasks: Option<Consumer<Parcel>>,
+    back: Producer<Parcel>,
+    left: Arc<Left>,
+}
+
+impl Post {
+    pub(super) fn new(tasks: Consumer<Parcel>, back: Producer<Parcel>, left: Arc<Left>) -> Self {
+        Self {
+            tasks: Some(tasks),
+            back,
+            left,
+        }
+    }
+
+    /// Ciphers one piece; returns its jobs.
+    fn work(&mut self) -> Option<usize> {
+        // The way back has as many places as the way here, and an owner has no more pieces on both: it cannot be full
+        // when something is taken. Should it be, the piece stays where it is.
+        if self.back.is_full() {
+            return None;
+        }
+        let mut parcel = self.tasks.as_mut()?.pop().ok()?;
+        let jobs = parcel.jobs.len();
+        parcel.cipher();
+        match self.back.push(parcel) {
+            Ok(()) => Some(jobs),
+            Err(PushError::Full(parcel)) => {
+                debug_assert!(false, "there was room before");
+                drop(parcel);
+                None
+            }
+        }
+    }
+}
+
+/// A worker's helping hand for the others, polled once a round. It needs no snapshot: what a piece needs it brings along.
+pub struct CryptoHelper {
+    posts: Vec<Post>,
+}
+
+impl CryptoHelper {
+    pub(super) fn new(posts: Vec<Post>) -> Self {
+        Self { posts }
+    }
+
+    /// Ciphers what other workers have put down, a bounded part of it. Returns how many packets that were.
+    #[inline]
+    pub fn assist(&mut self) -> usize {
+        let posts = self.posts.iter_mut();
+        posts
+            .map(|post| {
+                let mut jobs = 0;
+                while jobs < SHARE
+                    && let Some(more) = post.work()
+                {
+                    jobs += more;
+                }
+                jobs
+            })
+            .sum()
+    }
+
+    /// Whether somebody waits for help: to be asked between announcing a sleep and sleeping.
+    pub fn is_wanted(&self) -> bool {
+        let rings = self.posts.iter().filter_map(|post| post.tasks.as_ref());
+        rings.into_iter().any(|tasks| !tasks.is_empty())
+    }
+}
+
+impl std::fmt::Debug for CryptoHelper {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CryptoHelper")
+            .field("owners", &self.posts.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for CryptoHelper {
+    /// Owners cipher what this helper has not begun.
+    fn drop(&mut self) {
+        for post in &mut self.posts {
+            post.left.leave(post.tasks.take());
+        }
+    }
+}
