@@ -1,6 +1,7 @@
 //! What ciphers: software suites behind the same trait as hardware, and the way from workers to both.
 
 mod bank;
+pub mod choice;
 mod desk;
 mod fit;
 pub mod parallel;

@@ -98,7 +98,7 @@ impl ParallelEngine {
         Self {
             capabilities: Capabilities {
                 name: "parallel",
-                synchronous: false,
+                synchronous: desks.is_empty(),
                 in_flight: pieces * LEAST,
                 ..local.capabilities().clone()
             },
