@@ -12,7 +12,7 @@
 //! - A helper has at most [`DEPTH`](owner::DEPTH) pieces of an owner. What goes beyond, the owner ciphers itself: it never waits.
 //! - In flight is what fits into the pieces made at start; then jobs stay in the caller's vector.
 //! - A piece holds its SA's entry, so that it does not matter which snapshot a helper has, nor whether the SA has been
-//!   removed meanwhile; control waits for the jobs in flight before it wipes the keys.
+//!   removed meanwhile: its keys are wiped when the last piece is back.
 //!
 //! Between two threads there are `rtrb`'s rings and nothing else: the boxed piece is owned by whoever took it out, and its
 //! memory is reached by nobody else. So there is no protocol of our own to model-check; the one flag beside them

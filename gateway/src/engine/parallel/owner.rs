@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use arrayvec::ArrayVec;
 use pmd::BURST;
@@ -167,9 +166,6 @@ impl ParallelEngine {
             while let Some(mut parcel) = lane.pop_ready() {
                 let jobs = parcel.unload(done);
                 self.in_flight = self.in_flight.saturating_sub(jobs);
-                if let (Some(entry), Ok(jobs)) = (lane.entry(), u32::try_from(jobs)) {
-                    entry.live.in_flight.fetch_sub(jobs, Ordering::Release);
-                }
                 self.stock.push(parcel);
             }
             lane.end();
@@ -309,9 +305,6 @@ impl ParallelEngine {
         };
         let jobs = parcel.jobs.len();
         self.in_flight += jobs;
-        if let Ok(jobs) = u32::try_from(jobs) {
-            entry.live.in_flight.fetch_add(jobs, Ordering::Relaxed);
-        }
         parcel.entry = Some(Arc::clone(entry));
         parcel.lane = at;
         parcel.order = lane.next();
