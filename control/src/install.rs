@@ -349,8 +349,8 @@ fn stop_and_wait(
     for e in &stopped.0 {
         e.set_disabled(true);
     }
-    // A worker that acknowledges this publication has finished every burst that began before the mark. What an engine still
-    // has of these SAs is refused when it comes back, as they are disabled.
+    // A worker that acknowledges this publication has finished every burst that began before the mark. What an
+    // engine or another worker's CPU still has of these SAs is refused when it comes back, as they are disabled.
     let barrier = store.draft();
     store.publish(barrier);
     let deadline = Instant::now() + RETIRE;
@@ -424,7 +424,10 @@ fn fill(
                 .add_sa_on(draft, Arc::clone(&w.spec), factory, start, place, now)
                 .map_err(|e| refuse(e.to_string()))
         };
-        let place = engines.plane.place(&w.spec).map_err(refuse)?;
+        let place = engines
+            .plane
+            .place(&w.spec, before(plan, &w.spec))
+            .map_err(refuse)?;
         let mut id = add(draft, place)?;
         if place.engine != 0 {
             match engines.install(draft, id) {
@@ -452,6 +455,15 @@ fn fill(
     }
     choose_senders(draft, config, store);
     Ok(tracked)
+}
+
+/// The running SA of the tunnel and direction that this one takes the place of.
+fn before<'p>(plan: &'p Plan<'_>, spec: &SaSpec) -> Option<&'p SaEntry> {
+    let mut same = plan
+        .removed
+        .iter()
+        .filter(|e| e.spec.tunnel == spec.tunnel && e.spec.direction == spec.direction);
+    same.next_back().map(|e| &**e)
 }
 
 /// SAs that engines were prepared for in one attempt: forgotten again unless it succeeds.

@@ -158,11 +158,12 @@ pub trait DataPlane: Send + Sync {
     /// interfaces, is to be brought in line.
     fn published(&self, config: &Config);
 
-    /// Where the SA is to be ciphered.
+    /// Where the SA is to be ciphered; `before` is the one that it succeeds.
     ///
     /// # Errors
     /// No engine can carry it as it asks, for the operator. There is no silent fall-back to the CPU.
-    fn place(&self, spec: &SaSpec) -> Result<Place, String> {
+    fn place(&self, spec: &SaSpec, before: Option<&SaEntry>) -> Result<Place, String> {
+        let _ = before;
         match spec.offload {
             OffloadMode::Software => Ok(Place::CPU),
             _ => Err("there is no engine".into()),

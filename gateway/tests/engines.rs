@@ -5,6 +5,7 @@ mod common;
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use common::models::{self, Modelled};
 use common::{Bed, Plan, bed, payload_of, udp};
@@ -28,6 +29,7 @@ enum At {
 /// A bed whose engines live as long as it does.
 struct Rig {
     bed: Bed,
+    desk: Arc<Desk>,
     _models: Arc<Vec<Modelled>>,
 }
 
@@ -39,6 +41,7 @@ fn rig(
     change: impl Fn(&mut SaSpec) + 'static,
     workers: usize,
 ) -> Rig {
+    let name = model.config.name.clone();
     let models = Arc::new(vec![model]);
     let kept = Arc::new(Mutex::new(Vec::new()));
     let (m, k) = (Arc::clone(&models), Arc::clone(&kept));
@@ -53,6 +56,7 @@ fn rig(
                 256
             };
             s.offload = offload;
+            s.engine = Some(name.clone());
             change(s);
         }),
         engines: Box::new(move |arena, left| {
@@ -64,9 +68,11 @@ fn rig(
         }),
         ..Plan::default()
     });
+    let desk = Arc::clone(&kept.lock().unwrap()[0].desks[0]);
     bed.kept = Some(Box::new(kept));
     Rig {
         bed,
+        desk,
         _models: models,
     }
 }
@@ -88,6 +94,14 @@ fn cross(rig: &mut Rig, families: &[(&str, &str)]) {
         for (a, b) in sent.iter().zip(&r) {
             assert_eq!(payload_of(a), payload_of(b));
         }
+    }
+    // Only one of the SAs carries packets, and the engine has it.
+    let begin = Instant::now();
+    let given = || rig.desk.stats().unwrap().submitted.value();
+    // Some engines bring their counters up to date now and then.
+    while given() < 4 * 48 {
+        assert!(begin.elapsed() < Duration::from_secs(5), "{}", given());
+        rig.bed.settle();
     }
 }
 
@@ -210,6 +224,7 @@ fn a_full_engine_costs_packets_and_no_numbers() {
         sa: Box::new(|s| {
             s.esn = false;
             s.offload = OffloadMode::Crypto;
+            s.engine = Some("gate".into());
         }),
         engines: Box::new(move |_, left| {
             let can = Capabilities {
@@ -258,7 +273,11 @@ fn what_an_engine_cannot_carry_is_refused_with_the_reason() {
     let kept = Mutex::new(Vec::new());
     let models = [models::eip93(), models::soe()];
     let desks = models::open(&models, &arena, &kept);
-    let park = gateway::engine::Park::new(desks, Arc::from([]));
+    let park = gateway::engine::Park::new(
+        desks,
+        Arc::from([]),
+        gateway::engine::choice::Choice::default(),
+    );
     let spec = |change: &dyn Fn(&mut SaSpec)| {
         let mut s = common::sa("a", Direction::Out, 256, "192.0.2.1", "192.0.2.2", CBC);
         s.esn = false;
@@ -267,7 +286,7 @@ fn what_an_engine_cannot_carry_is_refused_with_the_reason() {
         change(&mut s);
         s
     };
-    let why = |change: &dyn Fn(&mut SaSpec)| park.place(&spec(change)).unwrap_err();
+    let why = |change: &dyn Fn(&mut SaSpec)| park.place(&spec(change), None, false).unwrap_err();
     assert_eq!(
         why(&|s| s.esn = true),
         "engine \"soe0\": it has no 64-bit sequence numbers"
@@ -295,14 +314,18 @@ fn what_an_engine_cannot_carry_is_refused_with_the_reason() {
         why(&|s| s.engine = Some("none".into())),
         "there is no engine \"none\"; the engines are eip0, soe0"
     );
-    let place = park.place(&spec(&|_| {})).unwrap();
+    let place = park.place(&spec(&|_| {}), None, false).unwrap();
     assert_eq!((place.engine, place.outer_headers), (2, true));
     // With the choice left to the gateway, what no engine carries is the CPU's.
     let auto = park
-        .place(&spec(&|s| {
-            s.engine = None;
-            s.esn = true;
-        }))
+        .place(
+            &spec(&|s| {
+                s.engine = None;
+                s.esn = true;
+            }),
+            None,
+            false,
+        )
         .unwrap();
     assert_eq!(auto.engine, 0);
 }

@@ -291,3 +291,23 @@ fn auditable_drops_are_reported_with_their_fields_and_in_measure() {
         .sum();
     assert_eq!(all, 2001);
 }
+
+#[test]
+fn workers_that_help_each_other_keep_an_sas_packets_in_order() {
+    let mut bed = bed(&Plan {
+        workers: 3,
+        config: Box::new(|c, _| c.parallel = true),
+        ..Plan::default()
+    });
+    for _ in 0..40 {
+        let burst: Vec<_> = (0..=255)
+            .map(|i| udp("10.1.0.1", "10.2.0.1", 64, &[i; 1300]))
+            .collect();
+        bed.send_left(&burst);
+        let (_, r) = bed.settle();
+        let (out, inb) = (bed.dropped(true), bed.dropped(false));
+        assert_eq!(r.len(), burst.len(), "{out:?} {inb:?}");
+        let order: Vec<u8> = r.iter().map(|p| payload_of(p)[0]).collect();
+        assert!(order.is_sorted(), "order within the flow is kept");
+    }
+}

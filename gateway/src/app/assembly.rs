@@ -11,7 +11,7 @@ use sa_store::report::Report;
 use sa_store::snapshot::Reader;
 use sa_store::store::Store;
 
-use crate::engine::{Bank, Desk, SoftwareEngine};
+use crate::engine::{Bank, Desk, SoftwareEngine, parallel};
 use crate::esp::iv::CbcIvGen;
 use crate::esp::reassembly::ReassemblyConfig;
 use crate::worker::{
@@ -44,6 +44,8 @@ pub struct AssemblyConfig {
     pub policy_slots: usize,
     /// Makes what ciphers on each worker's CPU.
     pub engine: fn() -> Box<dyn EspEngine>,
+    /// Workers help each other to cipher, so that one SA can use several.
+    pub parallel: bool,
     /// Engines; their numbers, from 1, are their places here.
     pub desks: Vec<Arc<Desk>>,
     /// The clock that workers and control use.
@@ -66,6 +68,7 @@ impl Default for AssemblyConfig {
             flow_entries: 1 << 16,
             policy_slots: 1 << 17,
             engine: || Box::new(SoftwareEngine::default()),
+            parallel: false,
             desks: Vec::new(),
             clock: Clock::new(),
             iv_seed: None,
@@ -178,10 +181,19 @@ pub fn assemble(
     let wakers = mesh
         .first()
         .map_or_else(|| Arc::from([]), |h| Arc::clone(h.wakers()));
-    let cpus = (0..count).map(|_| (config.engine)()).collect();
+    let (mut cpus, mut helpers) = (Vec::new(), Vec::new());
+    if config.parallel && count > 1 {
+        for (engine, helper) in parallel::crew(&wakers) {
+            cpus.push(Box::new(engine) as Box<dyn EspEngine>);
+            helpers.push(Some(helper));
+        }
+    } else {
+        cpus.extend((0..count).map(|_| (config.engine)()));
+        helpers.extend((0..count).map(|_| None));
+    }
     let banks = Bank::mesh(cpus, &config.desks);
-    let parts = dealt.into_iter().zip(mesh).zip(banks);
-    for (id, ((queues, handover), bank)) in parts.enumerate() {
+    let parts = dealt.into_iter().zip(mesh).zip(banks).zip(helpers);
+    for (id, (((queues, handover), bank), helper)) in parts.enumerate() {
         let iv = match config.iv_seed {
             None => CbcIvGen::from_os()?,
             Some(seed) => CbcIvGen::from_seed(&spread(seed, id)),
@@ -199,6 +211,7 @@ pub fn assemble(
                 .map(|holders| holders[id % holders.len()])
                 .collect(),
             bank,
+            helper,
             handover,
             counters: Arc::clone(&counters[id]),
             policy_hits: Arc::clone(&hits[id]),

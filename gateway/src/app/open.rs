@@ -263,6 +263,7 @@ fn assembly(config: &GatewayConfig, clock: Clock, desks: Vec<Arc<Desk>>) -> Asse
             ..IdlePolicy::default()
         },
         clock,
+        parallel: config.crypto.parallel,
         desks,
         iv_seed: config.test_seed,
         ..AssemblyConfig::default()

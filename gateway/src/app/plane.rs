@@ -15,10 +15,11 @@ use pmd::{Arena, PortQueueStats};
 use quanta::Clock;
 use rtrb::Consumer;
 use sa_store::file::Config;
+use sa_store::ledger::WorkerCounters;
 use sa_store::policy::{Action, AddrRange};
 use sa_store::report::Report;
 use sa_store::runtime::{Place, SaEntry};
-use sa_store::sa::{Direction, SaId, SaSpec};
+use sa_store::sa::{Direction, OffloadMode, SaId, SaSpec};
 use sa_store::spd::PolicyIdx;
 
 use super::open::PortView;
@@ -26,6 +27,8 @@ use crate::crypto::select::Selection;
 use crate::engine::Park;
 use crate::worker::{PolicyHits, Side, gateway_now};
 
+/// Rounds with packets for each empty one from which on workers count as saturated.
+const SATURATED: u64 = 9;
 /// Most prefixes that one range of addresses is cut into for an interface's filter.
 const MOST_PREFIXES: usize = 256;
 
@@ -40,6 +43,7 @@ pub struct Plane {
     arena: Arc<Arena>,
     clock: Clock,
     crypto: Arc<Selection>,
+    polls: Mutex<[u64; 2]>,
     engines: Park,
     _blocks: Vec<Block>,
     reports: Mutex<Vec<Consumer<Report>>>,
@@ -101,11 +105,26 @@ impl Plane {
             arena,
             clock,
             crypto,
+            polls: Mutex::default(),
             engines,
             _blocks: blocks,
             reports: Mutex::new(reports),
             alive,
         }
+    }
+}
+
+impl Plane {
+    /// Whether workers had no time left since this was last asked.
+    fn saturated(&self) -> bool {
+        let sum = |of: fn(&WorkerCounters) -> u64| -> u64 {
+            self.workers.iter().map(|w| of(&w.counters)).sum()
+        };
+        let now = [sum(|c| c.busy_polls.value()), sum(|c| c.idle_polls.value())];
+        let mut last = self.polls.lock().unwrap_or_else(PoisonError::into_inner);
+        let [busy, idle] = [0, 1].map(|i| now[i].wrapping_sub(last[i]));
+        *last = now;
+        busy > idle.saturating_mul(SATURATED)
     }
 }
 
@@ -208,8 +227,11 @@ impl DataPlane for Plane {
         }
     }
 
-    fn place(&self, spec: &SaSpec) -> Result<Place, String> {
-        self.engines.place(spec)
+    fn place(&self, spec: &SaSpec, before: Option<&SaEntry>) -> Result<Place, String> {
+        if spec.offload == OffloadMode::Software {
+            return Ok(Place::CPU);
+        }
+        self.engines.place(spec, before, self.saturated())
     }
 
     fn install(&self, sa: &Arc<SaEntry>) -> Result<Installed, String> {

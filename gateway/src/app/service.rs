@@ -8,9 +8,12 @@ use control::api::{ApiConfig, Stats};
 use control::core::{Control, Parts};
 use control::plane::WorkerView;
 use control::run::{Ended, Options, Running, StartError};
+use pmd::{Arena, Pool};
 use quanta::{Clock, Mock};
+use sa_store::cipher::CipherFactory;
 use sa_store::lease::{LeaseError, LeaseStore, LeaseWriter};
 use sa_store::ledger::{Balance, WorkerCounters};
+use sa_store::suite::Suite;
 
 use super::open::{OpenError, Opened, open};
 use super::plane::{Plane, PlaneParts};
@@ -18,7 +21,8 @@ use super::privileges::{self, PrivilegeError};
 use crate::config::GatewayConfig;
 use crate::crypto::UnknownProvider;
 use crate::crypto::select::{Choice, Compare, SelectError, Selection};
-use crate::engine::Park;
+use crate::engine::choice::{self, Bench, Effort, Table};
+use crate::engine::{Desk, Park};
 use crate::worker::{Crew, Worker};
 
 /// What a round takes under a seed, nanoseconds: time goes on with the rounds, so that whatever depends on it repeats.
@@ -248,6 +252,7 @@ fn build(
             counters: Arc::clone(c),
             cpu: cpus.get(i).map(|c| usize::from(*c)),
         });
+    let choice = choice(config, &engines.desks, &arena, &assembled.clock, &*crypto);
     let plane = Plane::new(PlaneParts {
         workers: views.collect(),
         hits: assembled.hits,
@@ -258,7 +263,7 @@ fn build(
         arena,
         clock: assembled.clock,
         crypto: Arc::clone(&crypto),
-        engines: Park::new(engines.desks, assembled.wakers),
+        engines: Park::new(engines.desks, assembled.wakers, choice),
         blocks: engines.blocks,
         alive: Box::new(move || alive.load(Ordering::Relaxed)),
     });
@@ -275,6 +280,46 @@ fn build(
         parts,
         counters: assembled.counters,
     })
+}
+
+/// Measures the CPU against the engines, where there are any.
+fn choice(
+    config: &GatewayConfig,
+    desks: &[Arc<Desk>],
+    arena: &Arc<Arena>,
+    clock: &Clock,
+    factory: &dyn CipherFactory,
+) -> choice::Choice {
+    // Checked with the configuration.
+    let objective = config.crypto.objective.parse().unwrap_or_default();
+    let mut table = Table::default();
+    let mut pool = Pool::new(arena, 512);
+    let mut bench = Bench {
+        pool: &mut pool,
+        clock,
+        factory,
+        effort: Effort::default(),
+    };
+    let mut suites: Vec<Suite> = Vec::new();
+    for (number, desk) in (1u8..).zip(desks) {
+        let Some((rows, unmeasured)) = desk.while_here(|engine| bench.engine(engine, number))
+        else {
+            continue;
+        };
+        for why in unmeasured {
+            tracing::warn!(engine = desk.name(), %why, "never chosen for this");
+        }
+        suites.extend(rows.iter().map(|row| row.suite()));
+        table.extend(rows);
+    }
+    suites.sort_unstable_by_key(ToString::to_string);
+    suites.dedup();
+    let (rows, unmeasured) = bench.cpu(&suites);
+    for why in unmeasured {
+        tracing::warn!(%why, "the CPU was not measured");
+    }
+    table.extend(rows);
+    choice::Choice::new(objective, table)
 }
 
 fn options(config: &GatewayConfig) -> Result<Options, ServiceError> {

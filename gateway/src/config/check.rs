@@ -131,6 +131,13 @@ impl Checker<'_, '_> {
                 format!("unknown provider \"{p}\"; one of {}", known.join(", "))
             });
         }
+        if let Err(e) = f
+            .crypto
+            .objective
+            .parse::<crate::engine::choice::Objective>()
+        {
+            self.wrong(&["crypto", "objective"], e.to_string());
+        }
         let r = &f.reassembly;
         self.require(
             (1..=1 << 20).contains(&r.max_packets),

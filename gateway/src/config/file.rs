@@ -9,6 +9,7 @@ use serde::Deserialize;
 use super::engine::EngineTable;
 use super::port::{AfXdpMode, Fault, PortKindName, Side, SocketRole};
 use super::value::{Mac, Prefix};
+use crate::engine::choice::Objective;
 
 /// Configuration of an Esplanade gateway.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
@@ -330,12 +331,26 @@ impl Default for Leases {
     }
 }
 
-/// Crypto providers.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+/// Who ciphers.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Crypto {
     /// Provider to use for everything that it offers: "ipsec-mb", "aws-lc", "ring" or "rustcrypto". Chosen by CPU and measurement when not given.
     pub provider: Option<String>,
+    /// Whether workers help each other: one SA can then use several CPUs.
+    pub parallel: bool,
+    /// What decides where an SA with `engine = "auto"` is ciphered: "throughput", "cycles" of the workers, or "auto": throughput while workers are saturated, else cycles.
+    pub objective: String,
+}
+
+impl Default for Crypto {
+    fn default() -> Self {
+        Self {
+            provider: None,
+            parallel: false,
+            objective: Objective::default().to_string(),
+        }
+    }
 }
 
 /// Reassembly of fragmented ESP packets.

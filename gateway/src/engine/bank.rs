@@ -13,6 +13,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pmd::engine::{EspEngine, EspJob, JobKind, JobStatus};
 use rtrb::{Consumer, Producer, RingBuffer};
@@ -22,6 +23,8 @@ use super::desk::{Desk, Owner};
 
 /// Most jobs that wait for one engine, and of one other worker in an engine: bounds memory and delay.
 pub const WAITING: usize = 1024;
+/// How long workers that help are waited for at the end.
+const DRAIN: Duration = Duration::from_millis(500);
 /// Most jobs taken from another worker in one round.
 const FROM_PEER: usize = 128;
 /// Jobs of another worker carry its number in the upper bits of their note, which the pipeline leaves alone.
@@ -238,6 +241,7 @@ impl Bank {
     /// Ends every job: engines are stopped, and what they held is given to `end`. What an engine does not give back stays in
     /// limbo and is counted by [`in_flight`](Self::in_flight).
     pub fn abandon(&mut self, mut end: impl FnMut(EspJob)) {
+        self.cpu.drain(DRAIN, &mut self.done);
         for link in &mut self.links {
             match link {
                 Link::Own(own) => own.abandon(&mut self.done),

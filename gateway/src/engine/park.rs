@@ -7,6 +7,7 @@ use control::plane::Installed;
 use sa_store::runtime::{Place, SaEntry, event};
 use sa_store::sa::{Direction, OffloadMode, SaId, SaSpec};
 
+use super::choice::{Choice, Traffic};
 use super::desk::Desk;
 use super::fit;
 use crate::worker::Waker;
@@ -15,22 +16,24 @@ use crate::worker::Waker;
 pub struct Park {
     desks: Vec<Arc<Desk>>,
     wakers: Arc<[Waker]>,
+    choice: Choice,
     /// Engines that have the SA.
     installed: Mutex<HashMap<SaId, u8>>,
 }
 
 impl Default for Park {
     fn default() -> Self {
-        Self::new(Vec::new(), Arc::from([]))
+        Self::new(Vec::new(), Arc::from([]), Choice::default())
     }
 }
 
 impl Park {
-    /// The engines behind `desks`, whose workers `wakers` wake.
-    pub fn new(desks: Vec<Arc<Desk>>, wakers: Arc<[Waker]>) -> Self {
+    /// The engines behind `desks`, whose workers `wakers` wake. `choice` decides for SAs that leave it to the gateway.
+    pub fn new(desks: Vec<Arc<Desk>>, wakers: Arc<[Waker]>, choice: Choice) -> Self {
         Self {
             desks,
             wakers,
+            choice,
             installed: Mutex::default(),
         }
     }
@@ -40,11 +43,16 @@ impl Park {
         &self.desks
     }
 
-    /// Where the SA is to be ciphered.
+    /// Where the SA, which takes the place of `before`, is to be ciphered. `saturated`: workers have no time left.
     ///
     /// # Errors
-    /// The engine that it names, or every engine, cannot carry it.
-    pub fn place(&self, spec: &SaSpec) -> Result<Place, String> {
+    /// The engine that it names cannot carry it, or there is none.
+    pub fn place(
+        &self,
+        spec: &SaSpec,
+        before: Option<&SaEntry>,
+        saturated: bool,
+    ) -> Result<Place, String> {
         if spec.offload == OffloadMode::Software {
             return Ok(Place::CPU);
         }
@@ -54,7 +62,7 @@ impl Park {
                 spec.name
             ));
         }
-        let mut reasons = Vec::new();
+        let (mut fit, mut reasons) = (Vec::new(), Vec::new());
         for (number, desk) in (1u8..).zip(&self.desks) {
             if spec.engine.as_ref().is_some_and(|name| name != desk.name()) {
                 continue;
@@ -63,17 +71,16 @@ impl Park {
             let full = self.used(number) >= can.slots;
             let why = fit::refusal(can, spec).or_else(|| full.then(|| "it is full".into()));
             match why {
-                None => {
-                    return Ok(Place {
-                        engine: number,
-                        mode: spec.offload,
-                        outer_headers: spec.offload == OffloadMode::Packet && can.outer_headers,
-                    });
-                }
+                None => fit.push(Place {
+                    engine: number,
+                    mode: spec.offload,
+                    outer_headers: spec.offload == OffloadMode::Packet && can.outer_headers,
+                }),
                 Some(why) => reasons.push(format!("engine \"{}\": {why}", desk.name())),
             }
         }
         match &spec.engine {
+            Some(_) if !fit.is_empty() => Ok(fit[0]),
             Some(name) if reasons.is_empty() => {
                 let known: Vec<_> = self.desks.iter().map(|d| d.name()).collect();
                 Err(format!(
@@ -82,11 +89,32 @@ impl Park {
                 ))
             }
             Some(_) => Err(reasons.join("; ")),
-            None => {
-                tracing::info!(sa = %spec.name, why = reasons.join("; "), "no engine fits, the CPU ciphers");
-                Ok(Place::CPU)
-            }
+            None => Ok(self.choose(spec, &fit, before, saturated)),
         }
+    }
+
+    fn choose(
+        &self,
+        spec: &SaSpec,
+        fit: &[Place],
+        before: Option<&SaEntry>,
+        saturated: bool,
+    ) -> Place {
+        let mean = |e: &SaEntry| {
+            let c = &e.live.counters;
+            let (packets, bytes) = (c.packets.value(), c.bytes.value());
+            #[allow(clippy::cast_precision_loss, reason = "a mean")]
+            (packets != 0).then(|| bytes as f64 / packets as f64)
+        };
+        let traffic = Traffic {
+            mean: before.and_then(mean),
+            saturated,
+            before: before.map(|e| e.fixed.place),
+        };
+        let place = self.choice.place(spec, fit, &traffic);
+        let engine = self.desk(place.engine).map_or("CPU", |d| d.name());
+        tracing::info!(sa = %spec.name, engine, "chosen");
+        place
     }
 
     /// Prepares the SA's engine.

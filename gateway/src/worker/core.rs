@@ -26,6 +26,7 @@ use super::reports::Reports;
 use super::setup::{PipelineConfig, PolicyHits, Side};
 use super::stages::{Stage, StageClock};
 use crate::engine::Bank;
+use crate::engine::parallel::CryptoHelper;
 use crate::esp::iv::CbcIvGen;
 use crate::wire::{self, Family, Frag, Kind, NattPorts, Parsed};
 
@@ -39,6 +40,7 @@ pub(super) struct Shared {
     pub(super) ports: Ports,
     pub(super) handover: Handover,
     pub(super) bank: Bank,
+    pub(super) helper: Option<CryptoHelper>,
     pub(super) natt: NattPorts,
     pub(super) stages: StageClock,
     pub(super) reports: Reports,
@@ -163,6 +165,9 @@ impl Core {
             .run(&mut self.shared, snapshot, &mut self.outbound);
         work += self.outbound.run(&mut self.shared, snapshot);
         work += self.shared.turn_engines(snapshot);
+        if let Some(helper) = &mut self.shared.helper {
+            work += helper.assist();
+        }
         work += self
             .shared
             .ports

@@ -556,8 +556,8 @@ fn open(
         }
     }
     let place = entry.fixed.place;
-    // A successor may have read the window while the packet was in the engine.
-    if place.engine != 0 && entry.disabled() {
+    // A successor may have read the window while the packet was with an engine, or another worker's CPU.
+    if entry.disabled() {
         return Err(DropReason::SaDisabled);
     }
     entry.cover_in(job.seq)?;

@@ -18,6 +18,7 @@ use sa_store::spd::Verdict;
 use super::handover::Handover;
 use super::idle::IdlePolicy;
 use crate::engine::Bank;
+use crate::engine::parallel::CryptoHelper;
 use crate::esp::reassembly::ReassemblyConfig;
 
 /// On which side of the protection boundary a port lies, RFC 4301 section 3.1.
@@ -114,6 +115,8 @@ pub struct WorkerParts {
     pub queue_owner: Vec<usize>,
     /// What ciphers.
     pub bank: Bank,
+    /// Ciphers for other workers, where workers help each other.
+    pub helper: Option<CryptoHelper>,
     /// Rings to and from the other workers.
     pub handover: Handover,
     /// Counters.

@@ -18,6 +18,7 @@ use super::idle::{Backoff, Idle};
 use super::reports::Reports;
 use super::setup::WorkerParts;
 use super::stages::{Stage, StageClock, StageTicks};
+use crate::engine::parallel::CryptoHelper;
 use crate::esp::iv::CbcIvGen;
 use crate::wire::NattPorts;
 
@@ -47,6 +48,7 @@ impl Worker {
             queues,
             queue_owner,
             bank,
+            helper,
             handover,
             counters,
             policy_hits,
@@ -64,6 +66,7 @@ impl Worker {
             pool,
             handover,
             bank,
+            helper,
             stages: StageClock::new(&clock),
             reports: Reports::new(reports),
             now: 0,
@@ -121,7 +124,8 @@ impl Worker {
             let shared = &mut self.core.shared;
             shared.ports.arm(&mut shared.pool);
             shared.handover.waker().announce_sleep();
-            shared.handover.pending()
+            let helper = shared.helper.as_ref();
+            shared.handover.pending() || helper.is_some_and(CryptoHelper::is_wanted)
         };
         // A frame may have come in before the port was armed.
         if !waker_ready && self.round() == 0 {

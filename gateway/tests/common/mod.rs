@@ -295,11 +295,15 @@ pub fn bed(plan: &Plan) -> Bed {
                 ..s.clone()
             };
             let start = plan.start;
-            let park = Park::new(desks.clone(), Arc::clone(&gw.wakers));
+            let park = Park::new(
+                desks.clone(),
+                Arc::clone(&gw.wakers),
+                gateway::engine::choice::Choice::default(),
+            );
             let place = if desks.is_empty() {
                 Place::CPU
             } else {
-                park.place(&s).unwrap()
+                park.place(&s, None, false).unwrap()
             };
             let id = gw
                 .store
