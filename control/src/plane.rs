@@ -87,6 +87,53 @@ pub struct ProviderReport {
     pub ns_per_packet: Option<f64>,
 }
 
+/// A look-aside engine, and how far it is trusted.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineReport {
+    /// Operator's name.
+    pub name: String,
+    /// `eip93`, `soe`.
+    pub kind: String,
+    /// Worker that owns it.
+    pub worker: usize,
+    /// `serving`, `quarantined`, `recovering`, `dead`.
+    pub state: String,
+    /// Why it was taken out of service the last time; `none`: it never was.
+    pub reason: String,
+    /// Packets given to it.
+    pub submitted: u64,
+    /// Packets that came back.
+    pub completed: u64,
+    /// Bytes of ESP given to it.
+    pub bytes: u64,
+    /// Doorbells rung.
+    pub doorbells: u64,
+    /// Packets that it had no room for at first.
+    pub busy: u64,
+    /// Canaries sent.
+    pub canaries: u64,
+    /// Canaries that came back wrong or not at all.
+    pub canaries_failed: u64,
+    /// Packets that software ciphered again.
+    pub samples: u64,
+    /// Those of which it made something else.
+    pub samples_failed: u64,
+    /// Packets that failed, or did not come back in time.
+    pub lost: u64,
+    /// Results that cannot be right.
+    pub wrong: u64,
+    /// Times that it was taken out of service.
+    pub quarantines: u64,
+    /// Attempts to bring it back.
+    pub resets: u64,
+    /// Attempts that failed.
+    pub resets_failed: u64,
+    /// Packets that the CPU ciphered while it was out of service.
+    pub fallback: u64,
+    /// Packets that could not be carried while it was out of service.
+    pub refused: u64,
+}
+
 /// A capture to start.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -137,6 +184,11 @@ pub trait DataPlane: Send + Sync {
 
     /// Crypto providers.
     fn providers(&self) -> Vec<ProviderReport>;
+
+    /// Look-aside engines by number.
+    fn engines(&self) -> Vec<EngineReport> {
+        Vec::new()
+    }
 
     /// Packets that a policy decided about, all workers together. `None` beyond the counters that workers have: these
     /// policies share one.

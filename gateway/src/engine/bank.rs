@@ -304,11 +304,8 @@ impl Own {
         }
         self.waiting.append(&mut self.arrived);
         let from = done.len();
-        if self.waiting.is_empty() {
-            owner.engine.poll(done);
-        } else {
-            owner.engine.submit(view, &mut self.waiting, done);
-        }
+        // Also without jobs: engines follow the snapshot by it.
+        owner.engine.submit(view, &mut self.waiting, done);
         if self.peers.is_empty() {
             return;
         }

@@ -7,6 +7,7 @@ mod fit;
 pub mod parallel;
 mod park;
 mod software;
+pub mod trust;
 
 pub use bank::{Bank, WAITING};
 pub use desk::{Desk, DeskError};

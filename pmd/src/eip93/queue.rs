@@ -41,6 +41,7 @@ impl EspEngine for Eip93Engine {
 
     fn submit(&mut self, _view: &Snapshot, jobs: &mut Vec<EspJob>, done: &mut Vec<EspJob>) {
         if jobs.is_empty() {
+            self.poll(done);
             return;
         }
         self.collect(done);

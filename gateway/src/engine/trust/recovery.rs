@@ -1,0 +1,120 @@
+//! A thread on which engines are reset, as that may take long: the engine goes there in its box, and comes back.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::time::Duration;
+
+use pmd::Pool;
+use pmd::engine::{EspEngine, EspJob};
+
+use super::known;
+
+/// The engine on its way to the thread or back.
+pub(super) struct Courier {
+    pub(super) engine: Box<dyn EspEngine>,
+    /// Everything that was in flight.
+    pub(super) jobs: Vec<EspJob>,
+    /// What failed, if anything did.
+    pub(super) outcome: Result<(), String>,
+}
+
+/// What the thread needs to check an engine.
+pub(super) struct Bench {
+    pub(super) pool: Pool,
+    /// First SA index that is ours.
+    pub(super) first: u32,
+    pub(super) patience: Duration,
+    /// Generation of the next known-answer SAs.
+    pub(super) generation: u32,
+}
+
+/// The way to the thread.
+pub(super) struct Workshop {
+    to: Sender<Courier>,
+    back: Receiver<Courier>,
+}
+
+impl Workshop {
+    /// Starts the thread. To be called before the caller is pinned to a CPU, as threads inherit that.
+    pub(super) fn open(name: &str, mut bench: Bench) -> std::io::Result<Workshop> {
+        let (to, jobs) = channel::<Courier>();
+        let (done, back) = channel();
+        std::thread::Builder::new()
+            .name(format!("heal-{name}"))
+            .spawn(move || {
+                while let Ok(mut courier) = jobs.recv() {
+                    courier.outcome = restore(&mut courier, &mut bench);
+                    if let Err(unwanted) = done.send(courier) {
+                        give_back(unwanted.0);
+                        return;
+                    }
+                }
+            })?;
+        Ok(Workshop { to, back })
+    }
+
+    /// Sends an engine to be reset; back when there is no thread any more.
+    pub(super) fn send(&self, engine: Box<dyn EspEngine>) -> Result<(), Box<dyn EspEngine>> {
+        let courier = Courier {
+            engine,
+            jobs: Vec::new(),
+            outcome: Ok(()),
+        };
+        self.to.send(courier).map_err(|e| e.0.engine)
+    }
+
+    /// An engine that has come back. An error: none will.
+    pub(super) fn returned(&self) -> Result<Option<Courier>, Gone> {
+        match self.back.try_recv() {
+            Ok(courier) => Ok(Some(courier)),
+            Err(TryRecvError::Empty) => Ok(None),
+            Err(TryRecvError::Disconnected) => Err(Gone),
+        }
+    }
+
+    /// Waits for it.
+    pub(super) fn wait(&self, patience: Duration) -> Result<Courier, Gone> {
+        self.back
+            .recv_timeout(patience)
+            .map_err(|_: RecvTimeoutError| Gone)
+    }
+}
+
+/// The thread has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Gone;
+
+/// Resets the engine and asks it the known answers.
+fn restore(courier: &mut Courier, bench: &mut Bench) -> Result<(), String> {
+    let Courier { engine, jobs, .. } = courier;
+    engine.reset(jobs).map_err(|e| e.to_string())?;
+    prove(&mut **engine, jobs, bench)
+}
+
+/// Asks the engine the known answers. It is then as it was after its reset.
+pub(super) fn prove(
+    engine: &mut dyn EspEngine,
+    jobs: &mut Vec<EspJob>,
+    bench: &mut Bench,
+) -> Result<(), String> {
+    bench.generation = bench.generation.wrapping_add(1);
+    let Bench {
+        pool,
+        first,
+        patience,
+        generation,
+    } = bench;
+    known::run(engine, pool, *first, *generation, *patience).map_err(|e| e.to_string())?;
+    if !engine.is_healthy() {
+        return Err("its driver does not trust it".into());
+    }
+    if !engine.capabilities().renumbers {
+        // Slots that had an SA may have to rest: everybody's shall be free.
+        engine.reset(jobs).map_err(|e| e.to_string())?;
+    }
+    Ok(())
+}
+
+/// Nobody waits for the engine any more.
+pub(super) fn give_back(courier: Courier) {
+    courier.jobs.into_iter().for_each(|j| j.frame.give_back());
+}
