@@ -28,6 +28,8 @@ pub(crate) use mapping::memfd;
 
 /// Smallest default head-room: room for the outer Ethernet, VLAN, IPv6, UDP and ESP headers and the IV.
 pub const MIN_HEADROOM: u16 = 128;
+/// Largest default head-room, which the frames' colours may add to.
+pub const MAX_HEADROOM: u16 = crate::frame::HEADROOM_MAX - 7 * 64;
 
 /// Which page size the arena asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -80,8 +82,8 @@ pub enum ArenaError {
     /// The stride is not a multiple of 64 or not in 256..=65472.
     #[error("frame size {0} is not a multiple of 64 between 256 and 65472")]
     Stride(u32),
-    /// Less head-room than encapsulation in place needs.
-    #[error("head-room of {0} bytes is less than {MIN_HEADROOM}")]
+    /// Less head-room than encapsulation in place needs, or more than anybody does.
+    #[error("head-room of {0} bytes is not between {MIN_HEADROOM} and {MAX_HEADROOM}")]
     Headroom(u16),
     /// The head-room leaves no room for a packet.
     #[error("head-room of {headroom} bytes leaves no room for a packet in frames of {stride}")]
@@ -167,7 +169,7 @@ impl Arena {
             Ok(s) if s >= 256 && s % 64 == 0 => s,
             _ => return Err(ArenaError::Stride(stride)),
         };
-        if headroom < MIN_HEADROOM {
+        if !(MIN_HEADROOM..=MAX_HEADROOM).contains(&headroom) {
             return Err(ArenaError::Headroom(headroom));
         }
         if u32::from(headroom) + 64 > stride {

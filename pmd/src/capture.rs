@@ -25,6 +25,7 @@ use pcap_file::{DataLink, PcapError};
 use rtrb::{Consumer, Producer, RingBuffer};
 use sa_store::counters::Counter;
 
+use crate::checksum;
 use crate::frame::Frame;
 use crate::pool::Pool;
 use crate::port::{PortQueue, PortQueueStats};
@@ -324,6 +325,8 @@ impl PortQueue for CaptureQueue {
             self.offered.clear();
             return self.inner.tx_burst(pool, frames);
         }
+        // The file is to have what the wire will have.
+        frames.iter_mut().for_each(checksum::complete);
         self.record_sent(frames);
         let n = self.inner.tx_burst(pool, frames);
         self.offered.clear();
@@ -345,6 +348,10 @@ impl PortQueue for CaptureQueue {
 
     fn finished(&self) -> bool {
         self.inner.finished()
+    }
+
+    fn completes_checksums(&self) -> bool {
+        self.inner.completes_checksums()
     }
 
     fn stats(&self) -> &Arc<PortQueueStats> {

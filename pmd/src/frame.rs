@@ -35,8 +35,14 @@ pub struct Frame {
     offset: u16,
     len: u16,
     stride: u16,
+    /// Default head-room, at most [`HEADROOM_MAX`], and [`CHECKSUM_LEFT`].
     headroom: u16,
 }
+
+/// Largest default head-room.
+pub(crate) const HEADROOM_MAX: u16 = 0x7fff;
+/// See [`Frame::leave_checksum`].
+const CHECKSUM_LEFT: u16 = 0x8000;
 
 // SAFETY: the handle owns its buffer exclusively (see `Frame::from_parts`), so moving it to another thread moves the only
 // access to these bytes with it.
@@ -248,8 +254,28 @@ impl Frame {
     /// Empties the frame and sets the arena's default head-room.
     #[inline(always)]
     pub fn reset_default(&mut self) {
+        self.headroom &= HEADROOM_MAX;
         self.offset = self.headroom;
         self.len = 0;
+    }
+
+    /// Notes that the port is to complete the packet's UDP checksum, whose field holds the sum of the pseudo-header; see
+    /// [`crate::checksum`]. Only for ports that [can](crate::PortQueue::completes_checksums).
+    #[inline(always)]
+    pub fn leave_checksum(&mut self) {
+        self.headroom |= CHECKSUM_LEFT;
+    }
+
+    /// Whether the packet's UDP checksum is left to the port.
+    #[inline(always)]
+    pub fn checksum_left(&self) -> bool {
+        self.headroom & CHECKSUM_LEFT != 0
+    }
+
+    /// Notes that the checksum is complete.
+    #[inline(always)]
+    pub(crate) fn checksum_done(&mut self) {
+        self.headroom &= HEADROOM_MAX;
     }
 
     /// Makes `bytes` the frame's data, behind the default head-room. False, with an empty frame, when they do not fit.
@@ -417,6 +443,26 @@ mod tests {
         assert_eq!((f.headroom(), f.tailroom()), (2048, 0));
         assert!(!f.set_range(2000, 49) && f.set_range(2000, 48));
         pool.put(f);
+    }
+
+    #[test]
+    fn a_checksum_left_to_the_port_is_forgotten_with_the_packet() {
+        let (mut pool, mut f) = one();
+        let head = f.headroom();
+        assert!(f.set_data(b"packet") && !f.checksum_left());
+        f.leave_checksum();
+        f.prepend(14).unwrap().fill(0);
+        assert!(f.checksum_left());
+        f.reset_default();
+        assert!(!f.checksum_left() && f.headroom() == head);
+        f.leave_checksum();
+        pool.put(f);
+        let mut all = Vec::new();
+        while let Some(f) = pool.get() {
+            assert!(!f.checksum_left());
+            all.push(f);
+        }
+        pool.put_bulk(&mut all);
     }
 
     #[test]

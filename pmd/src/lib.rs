@@ -9,6 +9,7 @@ pub mod airoha;
 pub mod arena;
 pub mod capture;
 pub mod capture_file;
+pub mod checksum;
 pub mod device;
 pub mod eip93;
 pub mod engine;

@@ -204,6 +204,12 @@ pub trait PortQueue: Send {
         None
     }
 
+    /// Whether frames may be given to [`PortQueue::tx_burst`] with their UDP checksum [left](Frame::leave_checksum) to the
+    /// port; see [`crate::checksum`]. Never changes.
+    fn completes_checksums(&self) -> bool {
+        false
+    }
+
     /// Counters, to keep and read from anywhere.
     fn stats(&self) -> &Arc<PortQueueStats>;
 

@@ -159,7 +159,8 @@ pub fn open(config: &GatewayConfig, clock: Clock) -> Result<Opened, OpenError> {
                 if !modes.is_empty() {
                     info.mode = modes.join(", ");
                 }
-                tracing::info!(port = %port.name, kind = info.kind, mode = %info.mode, queues = count, mtu = info.mtu, "port open");
+                let completes = queues.iter().all(|q| q.completes_checksums());
+                tracing::info!(port = %port.name, kind = info.kind, mode = %info.mode, queues = count, mtu = info.mtu, udp_checksums = completes, "port open");
                 let queues = queues
                     .into_iter()
                     .map(|q| -> Box<dyn pmd::PortQueue> {

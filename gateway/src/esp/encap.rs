@@ -144,6 +144,16 @@ pub fn finish(frame: &mut Frame, esp_off: u16) {
     udp_checksum(frame.data_mut(), usize::from(esp_off));
 }
 
+/// [`finish`] for a port that completes checksums: leaves the sum over the packet to it.
+pub fn leave(frame: &mut Frame, esp_off: u16) {
+    // Where a port expects it, see `pmd::checksum`.
+    const ESP_OFF: u16 = pmd::checksum::IPV6_LEN + 8;
+    match udp_pseudo_sum(frame.data_mut(), usize::from(esp_off)) {
+        Some(_) if esp_off == ESP_OFF => frame.leave_checksum(),
+        _ => finish(frame, esp_off),
+    }
+}
+
 /// The largest inner packet like this one whose outer packet fits `outer_mtu`, exact also in transport mode.
 pub fn inner_mtu(plan: &OutPlan, packet: &[u8], p: &Parsed, outer_mtu: u16) -> u16 {
     let header = match (plan.mode, p.family) {
@@ -452,29 +462,32 @@ pub(super) fn set_length(head: &mut [u8], family: Family, total: usize) {
 
 #[inline(never)]
 fn udp_checksum(packet: &mut [u8], esp_off: usize) {
-    let Some((head, udp)) = esp_off
-        .checked_sub(8)
-        .and_then(|at| packet.split_at_mut_checked(at))
-    else {
+    if udp_pseudo_sum(packet, esp_off).is_none() {
+        return;
+    }
+    let Some(udp) = packet.get_mut(esp_off - 8..) else {
         return;
     };
-    let Ok(len) = u16::try_from(udp.len()) else {
-        return;
+    // The field holds the sum of the pseudo-header and is part of what is summed.
+    let c = match checksum::checksum(0, udp) {
+        0 => 0xffff,
+        c => c,
     };
+    if let Some(field) = udp.get_mut(6..8) {
+        field.copy_from_slice(&c.to_be_bytes());
+    }
+}
+
+/// Puts the sum of the pseudo-header (RFC 8200 section 8.1) into the checksum field of the UDP header in front of ESP; `None` when
+/// there is no such packet.
+#[inline]
+fn udp_pseudo_sum(packet: &mut [u8], esp_off: usize) -> Option<()> {
+    let (head, udp) = packet.split_at_mut_checked(esp_off.checked_sub(8)?)?;
+    let len = u16::try_from(udp.len()).ok()?;
     // Source and destination are the last 32 bytes of the fixed header.
-    let Some(addresses) = head.get(8..40) else {
-        return;
-    };
+    let addresses = head.get(8..40)?;
     let pseudo = checksum::add(checksum::sum(addresses), u16::from(proto::UDP));
     let pseudo = checksum::add(pseudo, len);
-    if let Some(field) = udp.get_mut(6..8) {
-        field.fill(0);
-        let c = match checksum::checksum(pseudo, udp) {
-            0 => 0xffff,
-            c => c,
-        };
-        if let Some(field) = udp.get_mut(6..8) {
-            field.copy_from_slice(&c.to_be_bytes());
-        }
-    }
+    udp.get_mut(6..8)?.copy_from_slice(&pseudo.to_be_bytes());
+    Some(())
 }

@@ -32,6 +32,8 @@ struct PortState {
     link: Link,
     /// Its frames go to its own queues, untagged: the usual case, decided once.
     plain: bool,
+    /// Such frames may go with their UDP checksum left to the port.
+    completes_checksums: bool,
 }
 
 /// What the link headers of a port have in common.
@@ -144,11 +146,15 @@ impl Ports {
                     vlan: setup.vlan,
                 },
                 plain: false,
+                completes_checksums: false,
             })
             .collect();
         for (number, port) in (0_u16..).zip(&mut list) {
             port.plain =
                 port.carrier == number && !port.queues.is_empty() && port.link.vlan.is_none();
+            // Frames leave by the first queue.
+            let queue = port.queues.first().filter(|_| port.plain);
+            port.completes_checksums = queue.is_some_and(|q| q.completes_checksums());
         }
         for (number, setup) in numbered {
             if let Some(carrier) = setup.shares.and_then(|c| list.get_mut(usize::from(c))) {
@@ -248,6 +254,14 @@ impl Ports {
     #[inline]
     pub(super) fn mtu(&self, hop: PortHop) -> u16 {
         self.list.get(hop.port()).map_or(0, |p| p.mtu)
+    }
+
+    /// Whether packets that go there may have their UDP checksum left to the port.
+    #[inline]
+    pub(super) fn completes_checksums(&self, hop: PortHop) -> bool {
+        self.list
+            .get(hop.port())
+            .is_some_and(|p| p.completes_checksums)
     }
 
     /// Puts the link header in front of an IP packet and queues the frame; hands it over when another worker

@@ -545,12 +545,19 @@ impl Outbound {
             }
             encrypted += 1;
             let mut frame = job.frame;
-            if job.note & UDP_CHECKSUM != 0 {
-                encap::finish(&mut frame, job.esp_off);
-            }
+            let hop = PortHop::from_tag(job.tag);
             #[allow(clippy::cast_possible_truncation, reason = "the low 16 bits")]
             let mtu = job.note as u16;
-            self.send(shared, frame, PortHop::from_tag(job.tag), mtu);
+            if job.note & UDP_CHECKSUM != 0 {
+                // The checksum of what goes in fragments is over all of them.
+                let whole = frame.len() <= usize::from(mtu);
+                if whole && shared.ports.completes_checksums(hop) {
+                    encap::leave(&mut frame, job.esp_off);
+                } else {
+                    encap::finish(&mut frame, job.esp_off);
+                }
+            }
+            self.send(shared, frame, hop, mtu);
         }
         shared.counters.encrypted.add(encrypted);
         self.done = done;

@@ -138,10 +138,15 @@ pub struct Plan {
     pub ring: usize,
     /// The engines of each site; true for the left one.
     pub engines: Engines,
+    /// Puts something around the port from which the left gateway sends to the right one.
+    pub around: Around,
 }
 
 /// Opens engines that work on frames of the arena.
 pub type Engines = Box<dyn Fn(&Arc<Arena>, bool) -> Vec<Arc<Desk>>>;
+
+/// See [`Plan::around`].
+pub type Around = fn(MemoryQueue) -> Box<dyn PortQueue>;
 
 impl Default for Plan {
     fn default() -> Self {
@@ -159,6 +164,7 @@ impl Default for Plan {
             frames: 4096,
             ring: 1024,
             engines: Box::new(|_, _| Vec::new()),
+            around: |queue| Box::new(queue),
         }
     }
 }
@@ -224,6 +230,11 @@ pub fn bed(plan: &Plan) -> Bed {
         } else {
             ("192.0.2.2", "192.0.2.1")
         };
+        let (own_v6, peer_v6) = if left {
+            ("fd0f::1", "fd0f::2")
+        } else {
+            ("fd0f::2", "fd0f::1")
+        };
         let (own_net, far_net) = if left {
             ("10.1", "10.2")
         } else {
@@ -241,13 +252,23 @@ pub fn bed(plan: &Plan) -> Bed {
             },
             OpenPort {
                 setup: setup("outside", Side::Outside),
-                queues: vec![Box::new(outside)],
+                queues: vec![if left {
+                    (plan.around)(outside)
+                } else {
+                    Box::new(outside)
+                }],
             },
         ];
         let mut config = AssemblyConfig {
             cpus: vec![None; plan.workers],
             locals: Locals::new(
-                [own, &format!("{own_net}.0.254"), &format!("{own6}ffff")].map(|a| (Vrf(0), ip(a))),
+                [
+                    own,
+                    own_v6,
+                    &format!("{own_net}.0.254"),
+                    &format!("{own6}ffff"),
+                ]
+                .map(|a| (Vrf(0), ip(a))),
             ),
             ..AssemblyConfig::default()
         };
@@ -259,6 +280,8 @@ pub fn bed(plan: &Plan) -> Bed {
         let host = n.add(0, ip(&format!("{own_net}.0.1")));
         n.learn(host, MAC_HOST);
         let far = n.add(1, ip(peer));
+        n.learn(far, [2, 0, 0, 0, 1, u8::from(!left)]);
+        let far = n.add(1, ip(peer_v6));
         n.learn(far, [2, 0, 0, 0, 1, u8::from(!left)]);
         let via = |port, gateway: &str| RouteTo::Via {
             port,
@@ -281,6 +304,7 @@ pub fn bed(plan: &Plan) -> Bed {
                 route(&format!("{far_net}.0.0"), 16, via(1, peer)),
                 route(far6, 16, via(1, peer)),
                 route("192.0.2.0", 24, RouteTo::OnLink { port: 1 }),
+                route("fd0f::", 64, RouteTo::OnLink { port: 1 }),
                 route("203.0.113.0", 24, via(1, peer)),
             ],
             n,

@@ -335,6 +335,27 @@ impl Drop for ModelDevice {
     }
 }
 
+/// Completes a checksum as devices do: the sum of all 16-bit words from `start` on, complemented, is stored at `field`. False
+/// when these do not lie in the packet.
+pub fn insert_checksum(packet: &mut [u8], start: usize, field: usize) -> bool {
+    let Some(rest) = packet.get(start..) else {
+        return false;
+    };
+    let mut sum = 0u32;
+    for (n, byte) in rest.iter().enumerate() {
+        sum += u32::from(*byte) << (8 * (1 - n % 2));
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    let [.., high, low] = (!sum).to_be_bytes();
+    match packet.get_mut(field..field + 2) {
+        // Zero stands for "none".
+        Some(place) if [high, low] == [0, 0] => place.fill(0xff),
+        Some(place) => place.copy_from_slice(&[high, low]),
+        None => return false,
+    }
+    true
+}
+
 fn get(config: &[u8], offset: usize, size: usize) -> u32 {
     let mut v = [0; 4];
     if let Some(bytes) = config.get(offset..offset + size) {

@@ -5,7 +5,7 @@
 //!   handed to the worker that owns their SA.
 //! - Interrupts: 82574 MSI-X, one vector a queue. The I217 to I219 have one MSI: with two queues they must be polled.
 //! - Buffers have 2048 bytes for frames that are not longer than 1518, and n × 1024 for jumbo frames up to 9018.
-//! - Checksum and segmentation offloads stay off: a port has no place for them. VLAN tags stay in the frame.
+//! - UDP checksums over IPv6 are left to a device with one queue ([`crate::checksum`]). VLAN tags stay in the frame.
 //!
 //! Verified on QEMU's 82574 model. The I217 to I219 were not: their PHY is taken as the firmware left it.
 //!
@@ -194,6 +194,11 @@ impl Chip for E1000e {
 
     fn format(&self) -> Format {
         Format::EXTENDED
+    }
+
+    /// The datasheet does not say whose the context is when there are two queues.
+    fn completes_checksums(&self, queues: usize) -> bool {
+        queues == 1
     }
 
     fn regs(&self) -> &Regs {

@@ -5,7 +5,7 @@
 //!   handed to the worker that owns their SA.
 //! - MSI-X, one vector a queue.
 //! - The longest packet is a register of its own, so frames may be up to 9728 bytes and need no rounding of buffers.
-//! - Checksum and segmentation offloads stay off: a port has no place for them. VLAN tags stay in the frame.
+//! - UDP checksums over IPv6 are left to the device ([`crate::checksum`]). VLAN tags stay in the frame.
 //!
 //! Verified on QEMU's 82576 model, whose link is up three seconds after a reset. The others were written from their
 //! datasheets; their differences are [`Model::queues`] and the layout of IVAR.

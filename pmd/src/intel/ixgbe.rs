@@ -5,7 +5,8 @@
 //!   handed to the worker that owns their SA. (The 82599's flow director could match the SPI's bytes; not used.)
 //! - MSI-X, one vector a queue.
 //! - Frames up to 9724 bytes; the longest packet is a register of its own.
-//! - Checksum, segmentation, RSC and IPsec offloads stay off: a port has no place for them. VLAN tags stay in the frame.
+//! - UDP checksums over IPv6 are left to the device ([`crate::checksum`]). Segmentation, RSC and IPsec offloads stay off: a port
+//!   has no place for them. VLAN tags stay in the frame.
 //!
 //! **Experimental**: written from the public datasheets and held against a register model that knows the order of 4.6; no
 //! board has run it. The link is what EEPROM and firmware set up: no SFP+ module is initialised, no PHY is programmed.

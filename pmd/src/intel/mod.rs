@@ -11,8 +11,9 @@
 //! opening, statistics, reset and shutdown of all of them. None of these devices can hash ESP by its SPI, nor by anything
 //! but addresses: a worker hands over what is for another one's SA.
 //!
-//! Checksums: a received frame's IPv4 header is verified by the pipeline in any case, and [`crate::port::PortQueue`] carries
-//! no hints, so the devices' checksum bits are not used. Flow control is off: a gateway drops rather than stop its peers.
+//! Checksums: the UDP checksum of encapsulated ESP over IPv6 is left to the device ([`crate::checksum`]). A received frame's IPv4
+//! header is verified by the pipeline: what the device says of it is not used (deploy/nics.md has the figures). Flow control is
+//! off: a gateway drops rather than stop its peers.
 
 pub mod e1000e;
 pub mod fuzz;

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::device::model::{ModelBus, ModelDevice};
+use crate::device::model::{ModelBus, ModelDevice, insert_checksum};
 use crate::device::{DeviceError, RegisterSpace};
 
 /// Which controller is played.
@@ -82,6 +82,8 @@ struct State {
     gone: bool,
     deaf: bool,
     link_down: bool,
+    /// Context descriptor of each transmit queue, by its first register.
+    contexts: BTreeMap<usize, [u64; 2]>,
     /// Mailbox of the physical function: bits that the virtual function has not read yet, and words for it.
     mailbox: u32,
     api: u32,
@@ -232,6 +234,11 @@ impl Model {
                 break;
             };
             let [l0, l1, kind, command, ..] = word.to_le_bytes();
+            if self.is_context(word) {
+                self.lock().contexts.insert(at, [address, word]);
+                self.set_register(at + HEAD, (head + 1) % self.slots(at));
+                continue;
+            }
             let len = usize::from(u16::from_le_bytes([l0, l1]));
             let mut bytes = vec![0; len];
             if self.bus.read(address, &mut bytes).is_err() {
@@ -239,6 +246,9 @@ impl Model {
             }
             let layout = self.family.layout();
             let payload = word >> 46;
+            if word >> 32 & 1 << 9 != 0 && !self.checksum(at, &mut bytes) {
+                self.violation(format!("no checksum for {word:#018x}"));
+            }
             if u32::from(kind >> 4) != layout.tx_type
                 || command & 0x23 != 0x23
                 || layout.tx_type == 3 && payload != u64::try_from(len).unwrap_or(0)
@@ -252,6 +262,40 @@ impl Model {
             sent.push((queue, bytes));
         }
         sent
+    }
+
+    /// Whether the second half of a descriptor is a context descriptor's.
+    fn is_context(&self, word: u64) -> bool {
+        let context = if self.family.layout().tx_type == 1 {
+            0
+        } else {
+            2
+        };
+        word >> 29 & 1 == 1 && word >> 20 & 0xf == context
+    }
+
+    /// Inserts a UDP checksum as the queue's context says.
+    fn checksum(&self, at: usize, packet: &mut [u8]) -> bool {
+        let Some([first, second]) = self.lock().contexts.get(&at).copied() else {
+            return false;
+        };
+        let field_of =
+            |n: u32, mask: u64| usize::try_from(first >> n & mask).unwrap_or(usize::MAX / 4);
+        let (start, field) = if self.family.layout().tx_type == 1 {
+            // TUCSS, TUCSO; an end other than that of the packet is not expected, nor TCP.
+            if first >> 48 != 0 || second >> 24 & 1 != 0 {
+                return false;
+            }
+            (field_of(32, 0xff), field_of(40, 0xff))
+        } else {
+            // MACLEN and IPLEN; L4T says UDP, IDX says context 0.
+            if second >> 11 & 3 != 0 || second >> 36 & 7 != 0 {
+                return false;
+            }
+            let start = field_of(9, 0x7f) + field_of(0, 0x1ff);
+            (start, start + 6)
+        };
+        insert_checksum(packet, start, field)
     }
 
     /// Says of up to `most` transmit descriptors that they are done, whatever is in them.
@@ -298,6 +342,7 @@ impl Model {
         s.regs.clear();
         s.pending.clear();
         s.seen.clear();
+        s.contexts.clear();
         let (low, high) = (0x0300_5452, 0x8000_0201);
         match self.family {
             Family::E1000e | Family::Igb => {

@@ -43,6 +43,11 @@ pub(super) trait Chip: Send + Sync {
     fn room_needed(&self, frame: usize) -> usize;
     /// Descriptor formats.
     fn format(&self) -> Format;
+    /// Whether checksums may be left to the device, with so many queues.
+    fn completes_checksums(&self, queues: usize) -> bool {
+        let _ = queues;
+        true
+    }
     fn regs(&self) -> &Regs;
     /// Tail registers of the queue's receive and transmit ring.
     fn tails(&self, queue: usize) -> (usize, usize);
@@ -442,7 +447,15 @@ impl IntelPort {
                 index,
                 map.clone(),
                 RxRing::new(rx, self.rx_entries, frame, format, bell(rx_tail), arena)?,
-                TxRing::new(tx, self.tx_entries, frame, format, bell(tx_tail), arena)?,
+                TxRing::new(
+                    tx,
+                    self.tx_entries,
+                    frame,
+                    format,
+                    chip.completes_checksums(n),
+                    bell(tx_tail),
+                    arena,
+                )?,
                 irq,
             ));
         }

@@ -235,6 +235,10 @@ impl PortQueue for IntelQueue {
         }
     }
 
+    fn completes_checksums(&self) -> bool {
+        self.tx.completes_checksums()
+    }
+
     fn stats(&self) -> &Arc<PortQueueStats> {
         &self.stats
     }

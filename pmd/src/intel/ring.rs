@@ -10,6 +10,9 @@
 //!                         12 length, VLAN tag               12  status (bit 0: done), payload length
 //! ```
 //!
+//! Checksums: a context descriptor says once where the UDP header of a frame lies whose checksum was left to the port
+//! ([`crate::checksum`]: always in the same place), and holds until the next reset; a bit of the data descriptor asks for it.
+//!
 //! Frames are single buffers: a packet that the device spread over several descriptors is thrown away whole. What the device
 //! writes back is input: "done" counts only for descriptors that it was given, a length only within what it was given, and a
 //! completion only where one was asked for.
@@ -19,6 +22,7 @@ use std::sync::Arc;
 
 use super::regs::Doorbell;
 use crate::arena::Arena;
+use crate::checksum;
 use crate::device::ring::FrameRing;
 use crate::device::{ArenaMap, DeviceError, DmaMem};
 use crate::frame::Frame;
@@ -48,6 +52,10 @@ const TX_DONE: u32 = 1;
 const TX_WHOLE_FRAME: u32 = 1 << 24 | 1 << 25 | 1 << 29;
 /// DCMD.RS, report status.
 const TX_REPORT: u32 = 1 << 27;
+/// DCMD.DEXT, for context descriptors.
+const TX_EXTENDED: u64 = 1 << 29;
+/// POPTS.TXSM in the fourth word: insert the checksum as the context says.
+const TX_CHECKSUM: u32 = 1 << 9;
 
 /// What differs between the families' descriptors.
 #[derive(Debug, Clone, Copy)]
@@ -56,6 +64,8 @@ pub(super) struct Format {
     pub(super) tx_type: u32,
     /// Where the fourth word repeats the length of the whole packet.
     pub(super) tx_payload_shift: Option<u32>,
+    /// The context descriptor's two halves.
+    tx_context: [u64; 2],
     /// Bits of the status word for which a packet is thrown away. Wrong checksums inside IP are none of our business.
     pub(super) rx_errors: u32,
 }
@@ -65,21 +75,35 @@ impl Format {
     pub(super) const EXTENDED: Format = Format {
         tx_type: 1 << 20,
         tx_payload_shift: None,
+        tx_context: EXTENDED_CONTEXT,
         rx_errors: 1 << 31 | 1 << 26 | 1 << 25 | 1 << 24,
     };
     /// 82576 datasheet, 7.1.5 and 7.2.2.3: RXE. The MAC drops what has a wrong check sequence.
     pub(super) const ADVANCED: Format = Format {
         tx_type: 3 << 20,
         tx_payload_shift: Some(14),
+        tx_context: ADVANCED_CONTEXT,
         rx_errors: 1 << 31,
     };
     /// 82599 datasheet, 7.1.6.2: RXE (CRC, length, oversize in one bit of the 82599; bits 24 to 26 and 29 in the X540 too).
     pub(super) const ADVANCED_10G: Format = Format {
         tx_type: 3 << 20,
         tx_payload_shift: Some(14),
+        tx_context: ADVANCED_CONTEXT,
         rx_errors: 1 << 29,
     };
 }
+
+/// 82574 datasheet, 3.3.6: TUCSS and TUCSO; TUCSE 0 is the end of the packet; neither TCP nor IPv4.
+const EXTENDED_CONTEXT: [u64; 2] = [
+    (checksum::UDP_AT as u64) << 32 | (checksum::FIELD_AT as u64) << 40,
+    TX_EXTENDED,
+];
+/// 82576 datasheet, 7.2.2.2, and 82599 datasheet, 7.2.3.2.3: IPLEN and MACLEN; DTYP 2, L4T 0 (UDP), not IPv4, context 0.
+const ADVANCED_CONTEXT: [u64; 2] = [
+    checksum::IPV6_LEN as u64 | (checksum::ETHERNET_LEN as u64) << 9,
+    TX_EXTENDED | 2 << 20,
+];
 
 /// What one call of [`RxRing::poll`] found.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -210,7 +234,18 @@ pub(super) struct TxRing {
     completed: u64,
     largest: usize,
     format: Format,
+    /// Whether checksums may be left to the device, and whether it has been told where they lie.
+    checksums: bool,
+    told: bool,
     tail: Doorbell,
+}
+
+/// A data descriptor whose second half is to be written.
+#[derive(Clone, Copy)]
+struct Data {
+    slot: u32,
+    len: usize,
+    partial: bool,
 }
 
 /// What one call of [`TxRing::push`] did.
@@ -228,6 +263,7 @@ impl TxRing {
         entries: u16,
         largest: usize,
         format: Format,
+        checksums: bool,
         tail: Doorbell,
         arena: &Arc<Arena>,
     ) -> Result<TxRing, DeviceError> {
@@ -238,8 +274,15 @@ impl TxRing {
             completed: 0,
             largest,
             format,
+            checksums,
+            told: false,
             tail,
         })
+    }
+
+    /// Whether checksums may be left to the device.
+    pub(super) fn completes_checksums(&self) -> bool {
+        self.checksums
     }
 
     /// Descriptors that the device has.
@@ -261,17 +304,21 @@ impl TxRing {
     ) -> Sent {
         let mut sent = Sent::default();
         // One descriptor stays empty: equal head and tail mean that the device has none.
-        let n = frames.len().min(self.slots.free() as usize - 1);
+        let mut n = frames.len().min(self.slots.free() as usize - 1);
+        if self.checksums && !self.told && n > 0 {
+            self.told = self.tell(pool);
+            n = n.min(self.slots.free() as usize - 1);
+        }
         // Newest descriptor that asks for no completion yet.
         let mut silent = None;
         for frame in frames.drain(..n) {
             match self.write(map, frame) {
-                Ok((slot, len)) => {
+                Ok(data) => {
                     sent.packets += 1;
-                    sent.bytes += len;
+                    sent.bytes += data.len;
                     let report = self.slots.head().is_multiple_of(REPORT_EVERY);
-                    self.command(slot, len, report);
-                    silent = (!report).then_some((slot, len));
+                    self.command(data, report);
+                    silent = (!report).then_some(data);
                 }
                 Err(frame) => {
                     sent.errors += 1;
@@ -279,8 +326,8 @@ impl TxRing {
                 }
             }
         }
-        if let Some((slot, len)) = silent {
-            self.command(slot, len, true);
+        if let Some(data) = silent {
+            self.command(data, true);
         }
         if sent.packets > 0 {
             self.tail.ring(self.slots.head());
@@ -288,9 +335,29 @@ impl TxRing {
         sent
     }
 
-    /// Puts a frame into the next descriptor; gives its slot and length.
+    /// Writes the context descriptor, with an empty frame in its slot. The data descriptors behind it report it as done.
+    #[cold]
+    fn tell(&mut self, pool: &mut Pool) -> bool {
+        let Some(frame) = pool.get() else {
+            return false;
+        };
+        match self.slots.push(frame) {
+            Ok(slot) => {
+                let [first, second] = self.format.tx_context;
+                self.mem.write64(at(slot), first);
+                self.mem.write64(at(slot) + 8, second);
+                true
+            }
+            Err(frame) => {
+                frame.give_back();
+                false
+            }
+        }
+    }
+
+    /// Puts a frame into the next descriptor, whose second half is then to be written.
     #[inline(always)]
-    fn write(&mut self, map: &ArenaMap, mut frame: Frame) -> Result<(u32, usize), Frame> {
+    fn write(&mut self, map: &ArenaMap, mut frame: Frame) -> Result<Data, Frame> {
         let short = frame.len() < SHORTEST_TX;
         if short && !pad(&mut frame) || frame.len() > self.largest {
             return Err(frame);
@@ -298,14 +365,17 @@ impl TxRing {
         let Some(address) = map.iova(&frame) else {
             return Err(frame);
         };
-        let len = frame.len();
+        if frame.checksum_left() && !self.told {
+            checksum::complete(&mut frame);
+        }
+        let (len, partial) = (frame.len(), frame.checksum_left());
         let slot = self.slots.push(frame)?;
         self.mem.write64(at(slot), address);
-        Ok((slot, len))
+        Ok(Data { slot, len, partial })
     }
 
     #[inline(always)]
-    fn command(&mut self, slot: u32, len: usize, report: bool) {
+    fn command(&mut self, Data { slot, len, partial }: Data, report: bool) {
         // Lengths are at most `largest`, which fits 16 bits.
         let len = u32::try_from(len).unwrap_or(0) & 0xffff;
         let mut command = self.format.tx_type | TX_WHOLE_FRAME | len;
@@ -313,7 +383,10 @@ impl TxRing {
             command |= TX_REPORT;
             self.reports.push_back(slot);
         }
-        let status = self.format.tx_payload_shift.map_or(0, |shift| len << shift);
+        let mut status = self.format.tx_payload_shift.map_or(0, |shift| len << shift);
+        if partial {
+            status |= TX_CHECKSUM;
+        }
         self.mem
             .write64(at(slot) + 8, u64::from(status) << 32 | u64::from(command));
     }
@@ -349,6 +422,7 @@ impl TxRing {
         unsafe { self.slots.drain(pool) };
         self.mem.zero();
         self.reports.clear();
+        self.told = false;
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::fuzz::fuzz_device;
 use super::model::{Family, Model};
 use crate::arena::{Arena, ArenaConfig};
+use crate::checksum::test::{accepted, partial};
 use crate::frame::Frame;
 use crate::nic::{self, NicControl, NicOptions};
 use crate::pool::Pool;
@@ -219,14 +220,58 @@ fn a_full_ring_takes_what_fits_and_completes_in_order() {
     for family in ALL {
         let mut bed = Bed::open(family, 1, 1500);
         let many: Vec<_> = (0..100).map(|n| frame(64, n)).collect();
-        assert_eq!(bed.send(0, &many), 63, "{family:?}");
-        assert_eq!(bed.send(0, &many[63..]), 0);
+        // One descriptor stays empty, and one says where checksums lie.
+        assert_eq!(bed.send(0, &many), 62, "{family:?}");
+        assert_eq!(bed.send(0, &many[62..]), 0);
         assert_eq!(bed.model.transmit(0, 40).len(), 40);
         // The first completion that was asked for is that of descriptor 31.
-        assert_eq!(bed.send(0, &many[63..]), 32);
-        assert_eq!(bed.model.transmit(0, 100).len(), 55);
+        assert_eq!(bed.send(0, &many[62..]), 32);
+        assert_eq!(bed.model.transmit(0, 100).len(), 54);
         bed.close();
     }
+}
+
+/// Before and after a reset, which takes the context.
+#[test]
+fn checksums_that_were_left_are_completed_on_every_queue() {
+    for family in ALL {
+        let mut bed = Bed::open(family, 2, 1500);
+        for round in 0..3usize {
+            for queue in 0..2 {
+                bed.poll(queue);
+                let by_device = family != Family::E1000e;
+                assert_eq!(bed.queues[queue].completes_checksums(), by_device);
+                let bytes: Vec<_> = (0..20)
+                    .map(|n| partial(&frame(40 * n + round, n.to_le_bytes()[0])))
+                    .collect();
+                let mut burst = Vec::new();
+                for (n, bytes) in bytes.iter().enumerate() {
+                    let mut f = bed.pool.get().unwrap();
+                    assert!(f.set_data(bytes));
+                    if n % 3 != 0 {
+                        f.leave_checksum();
+                    }
+                    burst.push(f);
+                }
+                let taken = bed.queues[queue].tx_burst(&mut bed.pool, &mut burst);
+                assert_eq!(taken, 20);
+                let sent = bed.model.transmit(queue, 64);
+                assert_eq!(sent.len(), 20, "{family:?}");
+                for (n, (_, sent)) in sent.iter().enumerate() {
+                    assert_eq!(accepted(sent), n % 3 != 0, "{family:?} {n}");
+                    assert_eq!(sent[62..], bytes[n][62..]);
+                }
+            }
+            bed.control.request_reset();
+            for _ in 0..2 {
+                (0..2).for_each(|queue| drop(bed.poll(queue)));
+            }
+        }
+        bed.close();
+    }
+    let bed = Bed::open(Family::E1000e, 1, 1500);
+    assert!(bed.queues[0].completes_checksums());
+    bed.close();
 }
 
 #[test]

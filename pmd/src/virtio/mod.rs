@@ -8,8 +8,10 @@
 //!   [`ring::RingError`], after which the queue stops until it is set up anew. Nothing panics, no access leaves the ring.
 //! - **Frames of the arena are given to PCI devices only**, which an IOMMU confines. A vhost-user peer never sees the arena:
 //!   its frames are copied into and out of its own memory.
-//! - **Offloads are negotiated only when they are used.** There are none here yet: checksums and segments arrive complete, and
-//!   a packet that claims otherwise breaks the agreement and is dropped.
+//! - **Offloads are negotiated only when they are used.** Of a PCI device that is `CSUM`: it completes the UDP checksums of
+//!   encapsulated ESP over IPv6 ([`crate::checksum`]). Not `GUEST_CSUM`: it would let packets arrive whose checksums somebody has
+//!   yet to complete, before they are encrypted, and what it saves (looking at checksums above IP) a router does not do.
+//!   A vhost-user peer is given and gives complete packets; one that claims otherwise breaks the agreement and is dropped.
 
 pub mod net;
 pub mod packed;
@@ -20,6 +22,8 @@ pub mod vhost;
 
 /// Feature bits (virtio 1.2, sections 5.1.3 and 6).
 pub mod feature {
+    /// The device completes checksums of packets that it sends.
+    pub const NET_CSUM: u64 = 1 << 0;
     /// The device gives an MTU.
     pub const NET_MTU: u64 = 1 << 3;
     /// The device gives its Ethernet address.

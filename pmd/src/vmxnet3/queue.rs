@@ -204,6 +204,10 @@ impl PortQueue for Vmxnet3Queue {
         self.mask.write32(0, 0);
     }
 
+    fn completes_checksums(&self) -> bool {
+        true
+    }
+
     fn stats(&self) -> &Arc<PortQueueStats> {
         &self.stats
     }

@@ -246,6 +246,10 @@ pub const LEN_MASK: u32 = (1 << 14) - 1;
 
 /// Transmit, word 2: generation.
 pub const TXD_GENERATION_SHIFT: u32 = 14;
+/// Transmit, word 2: where the checksum is stored, bytes from the start of the frame (14 bits).
+pub const TXD_CHECKSUM_SHIFT: u32 = 18;
+/// Transmit, word 3, with the bytes in front of what is summed in bits 9..0: complete the checksum (offload mode 2).
+pub const TXD_CHECKSUM: u32 = 2 << 10;
 /// Transmit, word 3: last part of the frame.
 pub const TXD_END: u32 = 1 << 12;
 /// Transmit, word 3: report when done.

@@ -6,8 +6,11 @@
 //!
 //! A frame across two pages gets a descriptor for each: emulated devices behind an emulated IOMMU map each descriptor's bytes at
 //! once and drop what lies in two pages. The frame rests in the slot of its last descriptor.
+//!
+//! Checksums are left to the device for frames of one descriptor: it looks for headers in the first.
 
 use crate::arena::Arena;
+use crate::checksum;
 use crate::device::ring::FrameRing;
 use crate::device::{ArenaMap, Device, DeviceError, DmaMem, IovaClass, Mmio, fence_release};
 use crate::frame::Frame;
@@ -147,7 +150,7 @@ impl TxRing {
         if n == 0 {
             return sent;
         }
-        for (i, frame) in frames.drain(..n).enumerate() {
+        for (i, mut frame) in frames.drain(..n).enumerate() {
             let bytes = frame.len();
             let len = u32::try_from(bytes).unwrap_or(u32::MAX);
             let (Some(address), 14..=LEN_MASK) = (map.iova(&frame), len) else {
@@ -158,12 +161,16 @@ impl TxRing {
             let report = i + 1 == n || sent.packets % REPORT_EVERY == REPORT_EVERY - 1;
             let pieces = self.pieces(address, len);
             let last = (self.fill + pieces - 1) & self.mask;
+            if frame.checksum_left() && pieces > 1 {
+                checksum::complete(&mut frame);
+            }
+            let partial = frame.checksum_left();
             if let Err(frame) = self.frames.put_at(last, frame) {
                 sent.errors += 1;
                 self.returned.push(frame);
                 continue;
             }
-            self.give(address, len, pieces, report);
+            self.give(address, len, pieces, report, partial);
             sent.bytes += bytes;
             sent.packets += 1;
             self.deferred += 1;
@@ -246,12 +253,16 @@ impl TxRing {
 
     /// Writes a frame's descriptors; the generation of the first, which gives all of them away, comes last.
     #[inline]
-    fn give(&mut self, address: u64, len: u32, pieces: u32, report: bool) {
-        let last = TXD_END | if report { TXD_REPORT } else { 0 };
-        let first = match pieces {
+    fn give(&mut self, address: u64, len: u32, pieces: u32, report: bool, partial: bool) {
+        let mut last = TXD_END | if report { TXD_REPORT } else { 0 };
+        let mut first = match pieces {
             1 => len,
             _ => self.give_rest(address, len, last),
         };
+        if partial {
+            first |= u32::from(checksum::FIELD_AT) << TXD_CHECKSUM_SHIFT;
+            last |= TXD_CHECKSUM | u32::from(checksum::UDP_AT);
+        }
         let at = self.fill as usize * DESCRIPTOR;
         self.ring.write64(at, address);
         self.ring

@@ -175,6 +175,11 @@ impl Adapter {
         self.state() & 1 != 0
     }
 
+    /// Whether the device completes checksums of what it sends.
+    pub(super) fn completes_checksums(&self) -> bool {
+        self.features & feature::NET_CSUM != 0
+    }
+
     /// Sizes of the pair's receive and transmit ring.
     pub(super) fn sizes(&self, pair: usize) -> [u32; 2] {
         [0, 1].map(|i| self.memory.get(2 * pair + i).map_or(0, |m| m.size.into()))

@@ -60,6 +60,7 @@ const WANTED: u64 = feature::VERSION_1
     | feature::RING_PACKED
     | feature::EVENT_IDX
     | feature::NOTIFICATION_DATA
+    | feature::NET_CSUM
     | feature::NET_MAC
     | feature::NET_MTU
     | feature::NET_STATUS

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use super::core::Adapter;
+use crate::checksum;
 use crate::device::ArenaMap;
 use crate::device::ring::FrameRing;
 use crate::frame::Frame;
@@ -20,6 +21,14 @@ const SHORTEST: usize = 14;
 /// A frame that is longer on its way out has been forgotten: the device is told once more. QEMU's packed rings lose the place
 /// at which they want to be told when the link goes down.
 const FORGOTTEN: Duration = Duration::from_millis(50);
+/// In front of each packet to send (section 5.1.6).
+const PLAIN: [u8; NET_HEADER] = [0; NET_HEADER];
+/// The same when the device is to complete the checksum: `NEEDS_CSUM`, where to start and where to store (section 5.1.6.2).
+const PARTIAL: [u8; NET_HEADER] = {
+    let [a, b] = checksum::UDP_AT.to_le_bytes();
+    let [c, d] = checksum::FIELD.to_le_bytes();
+    [1, 0, 0, 0, 0, 0, a, b, c, d, 0, 0]
+};
 /// Idle rounds between two looks at the device's status, which is slow to read.
 const CHECK_EVERY: u32 = 1 << 14;
 
@@ -41,6 +50,7 @@ pub struct VirtioNetQueue {
     armed: bool,
     /// Largest received frame.
     largest: usize,
+    checksums: bool,
     rounds: u32,
     /// Frames that came back from sending, and what that number was when it last changed.
     returned: u32,
@@ -65,6 +75,7 @@ impl VirtioNetQueue {
         largest: usize,
     ) -> VirtioNetQueue {
         VirtioNetQueue {
+            checksums: adapter.completes_checksums(),
             adapter,
             pair,
             // Not a state that the adapter can have.
@@ -315,7 +326,15 @@ impl PortQueue for VirtioNetQueue {
         let (mut sent, mut bytes, mut refused) = (0, 0, 0);
         for mut frame in frames.drain(..n) {
             let len = frame.len();
-            let header = frame.prepend(NET_HEADER).map(|h| h.fill(0));
+            if frame.checksum_left() && !self.checksums {
+                checksum::complete(&mut frame);
+            }
+            let header = if frame.checksum_left() {
+                &PARTIAL
+            } else {
+                &PLAIN
+            };
+            let header = frame.prepend_array().map(|h| *h = *header);
             let place = header.and_then(|()| Some((self.map.iova(&frame)?, rings.tx.next_id()?)));
             let Some((addr, id)) = place else {
                 pool.put(frame);
@@ -372,6 +391,10 @@ impl PortQueue for VirtioNetQueue {
         rings.rx.arm();
         self.armed = true;
         self.look();
+    }
+
+    fn completes_checksums(&self) -> bool {
+        self.checksums
     }
 
     fn stats(&self) -> &Arc<PortQueueStats> {

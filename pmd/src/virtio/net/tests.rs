@@ -3,6 +3,7 @@ use std::time::{Duration, Instant};
 use super::model::{Features, Model};
 use super::*;
 use crate::arena::ArenaConfig;
+use crate::checksum::test::{accepted, partial};
 use crate::frame::Frame;
 
 struct Set {
@@ -112,9 +113,10 @@ impl Set {
 #[test]
 fn what_is_not_used_is_not_agreed_on() {
     both(|set| {
-        let unused = feature::NET_MRG_RXBUF | feature::INDIRECT_DESC | 1 | 1 << 1 | 1 << 11;
+        let unused = feature::NET_MRG_RXBUF | feature::INDIRECT_DESC | 1 << 1 | 1 << 11;
         assert_eq!(set.model.accepted() & unused, 0);
-        let wanted = feature::VERSION_1 | feature::ACCESS_PLATFORM | feature::EVENT_IDX;
+        let wanted =
+            feature::VERSION_1 | feature::ACCESS_PLATFORM | feature::EVENT_IDX | feature::NET_CSUM;
         assert_eq!(set.model.accepted() & wanted, wanted);
         set.close();
     });
@@ -139,6 +141,35 @@ fn packets_pass_both_ways_for_many_times_round_the_ring() {
         );
         set.close();
     });
+}
+
+#[test]
+fn checksums_that_were_left_are_completed_by_the_device_or_by_the_driver() {
+    for (packed, checksums) in [(false, true), (true, true), (false, false), (true, false)] {
+        let features = Features {
+            packed,
+            checksums,
+            ..Features::default()
+        };
+        let mut set = set_with(features, 1);
+        assert_eq!(set.queues[0].completes_checksums(), checksums);
+        let mut burst = Vec::new();
+        let bytes: Vec<_> = (0..40).map(|n| partial(&packet(n, 31 * n))).collect();
+        for (n, bytes) in bytes.iter().enumerate() {
+            let mut frame = set.pool.get().unwrap();
+            assert!(frame.set_data(bytes));
+            if n % 4 != 0 {
+                frame.leave_checksum();
+            }
+            burst.push(frame);
+        }
+        assert_eq!(set.queues[0].tx_burst(&mut set.pool, &mut burst), 40);
+        for (n, sent) in set.model.transmit(0, 64).iter().enumerate() {
+            assert_eq!(accepted(sent), n % 4 != 0, "{n}");
+            assert_eq!(sent[62..], bytes[n][62..]);
+        }
+        set.close();
+    }
 }
 
 #[test]
