@@ -13,6 +13,8 @@ const SLACK: usize = BURST / 4;
 const HOT: u8 = 4;
 /// Bursts that help goes on after the last full one.
 const HOTTEST: u8 = 16;
+/// Empty rounds that cool as much as one small burst: traffic pauses briefly also when it is heavy.
+const EMPTY: u8 = 64;
 
 /// How full the bursts of each direction have been of late.
 #[derive(Debug, Default)]
@@ -20,6 +22,8 @@ pub(super) struct Gauge {
     heat: [u8; 2],
     /// Directions that had a burst since the last round.
     met: [bool; 2],
+    /// Rounds without one.
+    empty: [u8; 2],
 }
 
 impl Gauge {
@@ -40,11 +44,13 @@ impl Gauge {
     #[inline]
     pub(super) fn round(&mut self) -> bool {
         let idle = self.met == [false, false];
-        for (heat, met) in self.heat.iter_mut().zip(&mut self.met) {
-            if !*met {
-                *heat = heat.saturating_sub(1);
+        for (at, met) in self.met.iter_mut().enumerate() {
+            let empty = &mut self.empty[at];
+            *empty = if std::mem::take(met) { 0 } else { *empty + 1 };
+            if *empty == EMPTY {
+                *empty = 0;
+                self.heat[at] = self.heat[at].saturating_sub(1);
             }
-            *met = false;
         }
         idle
     }
@@ -115,7 +121,10 @@ mod tests {
         assert!(!gauge.is_hot(JobKind::Seal));
         gauge.burst(JobKind::Seal, FULL);
         assert!(!gauge.round());
-        assert!(gauge.round(), "nothing came");
+        for _ in 0..EMPTY {
+            assert!(gauge.is_pressed());
+            assert!(gauge.round(), "nothing came");
+        }
         assert!(!gauge.is_pressed());
     }
 }

@@ -29,15 +29,15 @@ impl Left {
         tasks.take()
     }
 
-    fn leave(&self, tasks: Option<Consumer<Parcel>>) {
-        *self.tasks.lock().unwrap_or_else(PoisonError::into_inner) = tasks;
+    fn leave(&self, tasks: Consumer<Parcel>) {
+        *self.tasks.lock().unwrap_or_else(PoisonError::into_inner) = Some(tasks);
         self.is_left.store(true, Ordering::Release);
     }
 }
 
 /// A helper's ends of the rings from and to one owner.
 pub(super) struct Post {
-    tasks: Option<Consumer<Parcel>>,
+    tasks: Consumer<Parcel>,
     back: Producer<Parcel>,
     left: Arc<Left>,
 }
@@ -45,7 +45,7 @@ pub(super) struct Post {
 impl Post {
     pub(super) fn new(tasks: Consumer<Parcel>, back: Producer<Parcel>, left: Arc<Left>) -> Self {
         Self {
-            tasks: Some(tasks),
+            tasks,
             back,
             left,
         }
@@ -58,7 +58,7 @@ impl Post {
         if self.back.is_full() {
             return None;
         }
-        let mut parcel = self.tasks.as_mut()?.pop().ok()?;
+        let mut parcel = self.tasks.pop().ok()?;
         let jobs = parcel.jobs.len();
         parcel.cipher();
         match self.back.push(parcel) {
@@ -99,10 +99,16 @@ impl CryptoHelper {
             .sum()
     }
 
+    /// Helps no more: owners cipher what it has not begun.
+    pub fn retire(&mut self) {
+        for post in self.posts.drain(..) {
+            post.left.leave(post.tasks);
+        }
+    }
+
     /// Whether somebody waits for help: to be asked between announcing a sleep and sleeping.
     pub fn is_wanted(&self) -> bool {
-        let rings = self.posts.iter().filter_map(|post| post.tasks.as_ref());
-        rings.into_iter().any(|tasks| !tasks.is_empty())
+        self.posts.iter().any(|post| !post.tasks.is_empty())
     }
 }
 
@@ -115,10 +121,7 @@ impl std::fmt::Debug for CryptoHelper {
 }
 
 impl Drop for CryptoHelper {
-    /// Owners cipher what this helper has not begun.
     fn drop(&mut self) {
-        for post in &mut self.posts {
-            post.left.leave(post.tasks.take());
-        }
+        self.retire();
     }
 }
