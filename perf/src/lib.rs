@@ -7,6 +7,7 @@
 
 pub mod bar;
 pub mod clock;
+pub mod engines;
 pub mod limit;
 pub mod machine;
 pub mod measure;

@@ -9,9 +9,12 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use esplanade_model::KnobArgs;
 use gateway::crypto::select::{Choice, Compare, Selection};
+use gateway::engine::choice;
 use perf::bar::{self, Verdict};
 use perf::clock::Rates;
+use perf::engines::{self, Kind, Subjects};
 use perf::machine::{self, HugePages, Machine};
 use perf::measure::{Bench, Effort};
 use perf::peer::{Comparison, Peer, best_driver};
@@ -88,6 +91,24 @@ enum Command {
     },
     /// Measures what receiving and sending a frame costs on every kind of port that this machine can run.
     Ports,
+    /// Measures look-aside engines beside the CPU: throughput, cycles freed, break-even sizes.
+    Engines {
+        /// Engines of a gateway's configuration, which must not be in use; models when not given.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// Models.
+        #[arg(long, value_enum, value_delimiter = ',', default_value = "eip93,soe")]
+        models: Vec<Kind>,
+        /// Suites, as far as an engine offers them.
+        #[arg(
+            long,
+            value_delimiter = ',',
+            default_value = "aes-128-cbc+hmac-sha1-96,aes-256-cbc+hmac-sha2-256-128,aes-128-ctr+hmac-sha2-256-128"
+        )]
+        suites: Vec<Suite>,
+        #[command(flatten)]
+        knobs: KnobArgs,
+    },
     /// Runs DPDK's ipsec-secgw beside the gateway and compares. Needs root, make, libdpdk-dev and dpdk-doc.
     Peer {
         /// DPDK's example sources.
@@ -172,7 +193,11 @@ fn run(cli: &Cli) -> Result<bool> {
         Command::Run(args) | Command::Stages(args) => {
             args.workers.iter().copied().max().unwrap_or(1)
         }
-        Command::Bar { .. } | Command::Policies { .. } | Command::Ports | Command::Peer { .. } => 1,
+        Command::Bar { .. }
+        | Command::Policies { .. }
+        | Command::Ports
+        | Command::Engines { .. }
+        | Command::Peer { .. } => 1,
     };
     let others = match cli.command {
         Command::Peer { .. } => perf::peer::MEMORY,
@@ -186,6 +211,17 @@ fn run(cli: &Cli) -> Result<bool> {
         Command::Bar { providers } => ground.bar(providers),
         Command::Policies { policies, flows } => ground.policies(*policies, *flows),
         Command::Ports => ground.ports(),
+        Command::Engines {
+            config,
+            models,
+            suites,
+            knobs,
+        } => ground.engines(&Subjects {
+            config: config.as_deref(),
+            kinds: models,
+            knobs,
+            suites,
+        }),
         Command::Peer {
             examples,
             work,
@@ -248,6 +284,7 @@ impl Ground {
                 ports: Vec::new(),
                 stages: Vec::new(),
                 policies: Vec::new(),
+                engines: None,
                 comparisons: Vec::new(),
             },
         })
@@ -392,6 +429,20 @@ impl Ground {
         let costs = ports::measure(&self.clock, &self.report.rates, &self.effort)?;
         ports::print(&costs);
         self.report.ports = costs;
+        Ok(true)
+    }
+
+    fn engines(&mut self, subjects: &Subjects<'_>) -> Result<bool> {
+        let selection = Selection::new(Choice::Auto, Compare::Measure)?;
+        let effort = choice::Effort {
+            packets: 256,
+            runs: self.effort.runs,
+            patience: Duration::from_secs(10),
+        };
+        let rates = self.report.rates;
+        let engines = engines::measure(subjects, &selection, &self.clock, &rates, effort)?;
+        engines::print(&engines);
+        self.report.engines = Some(engines);
         Ok(true)
     }
 

@@ -8,6 +8,7 @@ use plotters::prelude::*;
 use serde::Serialize;
 
 use crate::clock::Rates;
+use crate::engines::{self, Engines};
 use crate::machine::Machine;
 use crate::measure::Outcome;
 use crate::peer::Comparison;
@@ -30,6 +31,8 @@ pub struct Report {
     pub stages: Vec<Account>,
     /// One policy against many.
     pub policies: Vec<PolicyCost>,
+    /// Look-aside engines beside the CPU.
+    pub engines: Option<Engines>,
     /// Lines beside the peer's.
     pub comparisons: Vec<Comparison>,
 }
@@ -44,11 +47,14 @@ impl Report {
         fs::write(path, text + "\n").with_context(|| path.display().to_string())
     }
 
-    /// Draws packets per second and share of the limit as an SVG.
+    /// Draws packets per second and share of the limit as an SVG, or engines beside the CPU.
     ///
     /// # Errors
     /// The file cannot be written.
     pub fn write_plot(&self, path: &Path) -> Result<()> {
+        if let Some(engines) = &self.engines {
+            return engines::draw(engines, path);
+        }
         draw(&self.outcomes, path).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
     }
 }

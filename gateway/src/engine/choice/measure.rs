@@ -115,16 +115,30 @@ impl Bench<'_> {
         engine: &mut dyn EspEngine,
         number: u8,
     ) -> (Vec<Row>, Vec<Unmeasured>) {
+        self.engine_in(engine, number, |_| true)
+    }
+
+    /// The same for the suites that are `wanted`.
+    pub fn engine_in(
+        &mut self,
+        engine: &mut dyn EspEngine,
+        number: u8,
+        wanted: impl Fn(Suite) -> bool,
+    ) -> (Vec<Row>, Vec<Unmeasured>) {
         let can = engine.capabilities();
-        let crypto = can.crypto.iter().map(|s| (*s, OffloadMode::Crypto));
-        let packet = can.packet.iter().map(|s| (*s, OffloadMode::Packet));
+        let of = |mode, suites: &[Suite]| -> Vec<_> {
+            let wanted = suites.iter().filter(|s| wanted(**s));
+            wanted.map(|s| (*s, mode)).collect()
+        };
+        let crypto = of(OffloadMode::Crypto, &can.crypto);
+        let packet = of(OffloadMode::Packet, &can.packet);
         let place = |mode| Place {
             engine: number,
             mode,
             outer_headers: mode == OffloadMode::Packet && can.outer_headers,
         };
-        let asked = crypto.chain(packet).map(|(s, mode)| (s, place(mode)));
-        let asked = asked.collect();
+        let asked = crypto.into_iter().chain(packet);
+        let asked = asked.map(|(s, mode)| (s, place(mode))).collect();
         self.all(engine, asked)
     }
 

@@ -44,11 +44,7 @@ pub(super) struct Post {
 
 impl Post {
     pub(super) fn new(tasks: Consumer<Parcel>, back: Producer<Parcel>, left: Arc<Left>) -> Self {
-        Self {
-            tasks,
-            back,
-            left,
-        }
+        Self { tasks, back, left }
     }
 
     /// Ciphers one piece; returns its jobs.
