@@ -2,18 +2,26 @@
 
 use std::sync::Arc;
 
-use pmd::Arena;
 use pmd::airoha::Block;
 use pmd::device::vfio::{Protection, VfioDevice};
 use pmd::device::vfio_user::VfioUserDevice;
 use pmd::device::{Device, DeviceError};
 use pmd::eip93::{Eip93Config, Eip93Engine, Eip93Error};
-use pmd::engine::EspEngine;
+use pmd::engine::{Capabilities, EngineDead, EngineStats, EspEngine, EspJob, Refusal};
 use pmd::qdma::{QdmaError, QdmaPlan};
-use pmd::soe::{SoeConfig, SoeError};
+use pmd::soe::{SoeConfig, SoeEngine, SoeError};
+use pmd::{Arena, Pool};
+use sa_store::cipher::CipherFactory;
+use sa_store::runtime::SaEntry;
+use sa_store::sa::SaId;
+use sa_store::snapshot::Snapshot;
 
 use crate::config::{EngineAt, EngineConfig, EngineType};
 use crate::engine::Desk;
+use crate::engine::trust::{EngineWatch, TrustClock, TrustConfig, Trusted};
+
+/// Frames in stock for canaries.
+const FRAMES: usize = 16;
 
 /// Why an engine could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +38,9 @@ pub enum EngineOpenError {
     /// The rings in front of an SOE.
     #[error(transparent)]
     Qdma(#[from] QdmaError),
+    /// No thread to bring it back from quarantine.
+    #[error("cannot start a thread: {0}")]
+    Thread(#[from] std::io::Error),
 }
 
 /// Opened engines, by their places in the configuration.
@@ -37,12 +48,12 @@ pub enum EngineOpenError {
 pub struct OpenEngines {
     /// Where control and workers meet for each.
     pub desks: Vec<Arc<Desk>>,
-    /// What lies between engine and memory must live as long.
-    pub blocks: Vec<Block>,
+    /// What is told of each.
+    pub watches: Vec<EngineWatch>,
 }
 
 impl OpenEngines {
-    /// Opens one more.
+    /// Opens one more, and asks it known answers. SA indexes from `first_private` on are not the store's.
     ///
     /// # Errors
     /// See [`EngineOpenError`].
@@ -50,33 +61,124 @@ impl OpenEngines {
         &mut self,
         config: &EngineConfig,
         arena: &Arc<Arena>,
+        ciphers: &Arc<dyn CipherFactory>,
+        first_private: u32,
     ) -> Result<(), EngineOpenError> {
-        let (device, registers) = devices(&config.at)?;
-        let engine: Box<dyn EspEngine> = match config.kind {
-            EngineType::Eip93(unknowns) => {
-                let own = Eip93Config {
-                    unknowns,
-                    ..Eip93Config::default()
-                };
-                Box::new(Eip93Engine::open(device, arena, own)?)
-            }
-            EngineType::Soe(assume) => {
-                let plans = vec![QdmaPlan::shared(0), QdmaPlan::shared(1)];
-                let block = Block::new(&device, registers.as_ref(), plans, arena)?;
-                let engine = block.engine(SoeConfig {
-                    assume,
-                    most_lost: config.max_lost.into(),
-                    ..SoeConfig::default()
-                })?;
-                block.start()?;
-                self.blocks.push(block);
-                Box::new(engine)
-            }
-        };
+        let engine = driver(config, arena)?;
         tracing::info!(engine = %config.name, kind = engine.capabilities().name, worker = config.worker, "engine open");
+        let trust = TrustConfig {
+            canaries: config.canary,
+            sample_out: one_in(config.verify),
+            sample_in: one_in(config.verify),
+            most_lost: config.max_lost.into(),
+            ..TrustConfig::new(&config.name, first_private)
+        };
+        let (again, memory) = (config.clone(), Arc::clone(arena));
+        let trusted = Trusted::with_reopen(
+            engine,
+            trust,
+            Pool::new(arena, FRAMES),
+            Arc::clone(ciphers),
+            TrustClock::real(),
+            Some(Box::new(move || {
+                driver(&again, &memory).map_err(|e| e.to_string())
+            })),
+        )?;
+        self.watches.push(trusted.watch());
         self.desks
-            .push(Desk::new(&config.name, config.worker, engine));
+            .push(Desk::new(&config.name, config.worker, Box::new(trusted)));
         Ok(())
+    }
+}
+
+/// One packet in so many, for a part of all.
+fn one_in(part: f64) -> u32 {
+    #[allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "the cast saturates"
+    )]
+    match part {
+        p if p > 0.0 => (1.0 / p).round() as u32,
+        _ => 0,
+    }
+}
+
+fn driver(
+    config: &EngineConfig,
+    arena: &Arc<Arena>,
+) -> Result<Box<dyn EspEngine>, EngineOpenError> {
+    let (device, registers) = devices(&config.at)?;
+    match config.kind {
+        EngineType::Eip93(unknowns) => {
+            let own = Eip93Config {
+                unknowns,
+                ..Eip93Config::default()
+            };
+            Ok(Box::new(Eip93Engine::open(device, arena, own)?))
+        }
+        EngineType::Soe(assume) => {
+            let plans = vec![QdmaPlan::shared(0), QdmaPlan::shared(1)];
+            let block = Block::new(&device, registers.as_ref(), plans, arena)?;
+            let engine = block.engine(SoeConfig {
+                assume,
+                most_lost: config.max_lost.into(),
+                ..SoeConfig::default()
+            })?;
+            block.start()?;
+            Ok(Box::new(Housed {
+                engine,
+                _block: block,
+            }))
+        }
+    }
+}
+
+/// An SOE with its Ethernet block, which must live as long as the engine.
+struct Housed {
+    engine: SoeEngine,
+    _block: Block,
+}
+
+impl EspEngine for Housed {
+    fn capabilities(&self) -> &Capabilities {
+        self.engine.capabilities()
+    }
+
+    fn install(&mut self, sa: &SaEntry) -> Result<(), Refusal> {
+        self.engine.install(sa)
+    }
+
+    fn remove(&mut self, sa: SaId) {
+        self.engine.remove(sa);
+    }
+
+    fn submit(&mut self, view: &Snapshot, jobs: &mut Vec<EspJob>, done: &mut Vec<EspJob>) {
+        self.engine.submit(view, jobs, done);
+    }
+
+    fn poll(&mut self, done: &mut Vec<EspJob>) {
+        self.engine.poll(done);
+    }
+
+    fn in_flight(&self) -> usize {
+        self.engine.in_flight()
+    }
+
+    fn is_healthy(&self) -> bool {
+        self.engine.is_healthy()
+    }
+
+    fn reset(&mut self, done: &mut Vec<EspJob>) -> Result<(), EngineDead> {
+        self.engine.reset(done)
+    }
+
+    fn reached(&self, sa: SaId) -> Option<u64> {
+        self.engine.reached(sa)
+    }
+
+    fn stats(&self) -> Option<&Arc<EngineStats>> {
+        self.engine.stats()
     }
 }
 

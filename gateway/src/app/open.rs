@@ -15,6 +15,7 @@ use pmd::tap::{TapConfig, TapPort};
 use pmd::virtio::vhost::{self, VhostConfig, VhostPort};
 use pmd::{Arena, ArenaConfig, ArenaError, HugePolicy};
 use quanta::Clock;
+use sa_store::cipher::CipherFactory;
 use sa_store::fib::{Fib, FibError, Neighbours, Route, RouteTo};
 use sa_store::sa::Vrf;
 use sa_store::store::Store;
@@ -101,11 +102,15 @@ pub struct Opened {
     pub engines: OpenEngines,
 }
 
-/// Opens what the configuration names, for workers that go by `clock`. The routes are published; SAs and policies are not loaded.
+/// Opens what the configuration names, for workers that go by `clock`. Engines are checked with `ciphers`. The routes are published; SAs and policies are not loaded.
 ///
 /// # Errors
 /// See [`OpenError`]. Nothing stays open.
-pub fn open(config: &GatewayConfig, clock: Clock) -> Result<Opened, OpenError> {
+pub fn open(
+    config: &GatewayConfig,
+    clock: Clock,
+    ciphers: &Arc<dyn CipherFactory>,
+) -> Result<Opened, OpenError> {
     let workers = config.workers.number();
     let arena = Arena::new(ArenaConfig {
         frames: config.memory.frames,
@@ -212,7 +217,7 @@ pub fn open(config: &GatewayConfig, clock: Clock) -> Result<Opened, OpenError> {
     let mut engines = OpenEngines::default();
     for engine in &config.engines {
         engines
-            .open(engine, &arena)
+            .open(engine, &arena, ciphers, config.sas.max)
             .map_err(|source| OpenError::Engine {
                 name: engine.name.clone(),
                 source,

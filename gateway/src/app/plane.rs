@@ -5,10 +5,9 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use control::plane::{
-    CaptureReport, CaptureRequest, DataPlane, DeviceReport, Installed, PortReport, ProviderReport,
-    QueueCounters, WorkerView,
+    CaptureReport, CaptureRequest, DataPlane, DeviceReport, EngineReport, Installed, PortReport,
+    ProviderReport, QueueCounters, WorkerView,
 };
-use pmd::airoha::Block;
 use pmd::capture::{Capture, CaptureOptions};
 use pmd::nic::NicControl;
 use pmd::{Arena, PortQueueStats};
@@ -25,6 +24,7 @@ use sa_store::spd::PolicyIdx;
 use super::open::PortView;
 use crate::crypto::select::Selection;
 use crate::engine::Park;
+use crate::engine::trust::EngineWatch;
 use crate::worker::{PolicyHits, Side, gateway_now};
 
 /// Rounds with packets for each empty one from which on workers count as saturated.
@@ -45,7 +45,7 @@ pub struct Plane {
     crypto: Arc<Selection>,
     polls: Mutex<[u64; 2]>,
     engines: Park,
-    _blocks: Vec<Block>,
+    watches: Vec<EngineWatch>,
     reports: Mutex<Vec<Consumer<Report>>>,
     alive: Box<dyn Fn() -> bool + Send + Sync>,
 }
@@ -70,8 +70,8 @@ pub struct PlaneParts {
     pub crypto: Arc<Selection>,
     /// Look-aside engines.
     pub engines: Park,
-    /// What lies between engines and memory; it lives as long as the workers.
-    pub blocks: Vec<Block>,
+    /// What is told of each engine.
+    pub watches: Vec<EngineWatch>,
     /// What workers tell.
     pub reports: Vec<Consumer<Report>>,
     /// Whether all workers' threads run.
@@ -91,7 +91,7 @@ impl Plane {
             clock,
             crypto,
             engines,
-            blocks,
+            watches,
             reports,
             alive,
         } = parts;
@@ -107,7 +107,7 @@ impl Plane {
             crypto,
             polls: Mutex::default(),
             engines,
-            _blocks: blocks,
+            watches,
             reports: Mutex::new(reports),
             alive,
         }
@@ -163,6 +163,12 @@ impl DataPlane for Plane {
             ns_per_packet: r.cost.map(|c| c.ns_1420),
         });
         rows.collect()
+    }
+
+    fn engines(&self) -> Vec<EngineReport> {
+        let workers = self.engines.desks().iter().map(|d| d.worker());
+        let pairs = self.watches.iter().zip(workers);
+        pairs.map(|(w, worker)| w.report(worker)).collect()
     }
 
     fn policy_hits(&self, direction: Direction, policy: PolicyIdx) -> Option<u64> {

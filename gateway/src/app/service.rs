@@ -15,14 +15,16 @@ use sa_store::lease::{LeaseError, LeaseStore, LeaseWriter};
 use sa_store::ledger::{Balance, WorkerCounters};
 use sa_store::suite::Suite;
 
+use super::engines::OpenEngines;
 use super::open::{OpenError, Opened, open};
 use super::plane::{Plane, PlaneParts};
 use super::privileges::{self, PrivilegeError};
 use crate::config::GatewayConfig;
 use crate::crypto::UnknownProvider;
 use crate::crypto::select::{Choice, Compare, SelectError, Selection};
+use crate::engine::Park;
 use crate::engine::choice::{self, Bench, Effort, Table};
-use crate::engine::{Desk, Park};
+use crate::engine::trust::EngineState;
 use crate::worker::{Crew, Worker};
 
 /// What a round takes under a seed, nanoseconds: time goes on with the rounds, so that whatever depends on it repeats.
@@ -228,13 +230,14 @@ fn build(
 ) -> Result<Built, ServiceError> {
     let crypto = Arc::new(crypto(config)?);
     crypto.log();
+    let ciphers: Arc<dyn CipherFactory> = Arc::clone(&crypto) as _;
     let Opened {
         assembled,
         arena,
         ports,
         capture,
         engines,
-    } = open(config, clock)?;
+    } = open(config, clock, &ciphers)?;
     let leases = if config.test_seed.is_some() {
         LeaseStore::throw_away()?
     } else {
@@ -252,7 +255,7 @@ fn build(
             counters: Arc::clone(c),
             cpu: cpus.get(i).map(|c| usize::from(*c)),
         });
-    let choice = choice(config, &engines.desks, &arena, &assembled.clock, &*crypto);
+    let choice = choice(config, &engines, &arena, &assembled.clock, &*crypto);
     let plane = Plane::new(PlaneParts {
         workers: views.collect(),
         hits: assembled.hits,
@@ -264,7 +267,7 @@ fn build(
         clock: assembled.clock,
         crypto: Arc::clone(&crypto),
         engines: Park::new(engines.desks, assembled.wakers, choice),
-        blocks: engines.blocks,
+        watches: engines.watches,
         alive: Box::new(move || alive.load(Ordering::Relaxed)),
     });
     let parts = Parts {
@@ -285,7 +288,7 @@ fn build(
 /// Measures the CPU against the engines, where there are any.
 fn choice(
     config: &GatewayConfig,
-    desks: &[Arc<Desk>],
+    engines: &OpenEngines,
     arena: &Arc<Arena>,
     clock: &Clock,
     factory: &dyn CipherFactory,
@@ -301,7 +304,12 @@ fn choice(
         effort: Effort::default(),
     };
     let mut suites: Vec<Suite> = Vec::new();
-    for (number, desk) in (1u8..).zip(desks) {
+    for ((number, desk), watch) in (1u8..).zip(&engines.desks).zip(&engines.watches) {
+        // The CPU would answer for it.
+        if watch.trust.state() != EngineState::Serving {
+            tracing::warn!(engine = desk.name(), "not in service: never chosen");
+            continue;
+        }
         let Some((rows, unmeasured)) = desk.while_here(|engine| bench.engine(engine, number))
         else {
             continue;

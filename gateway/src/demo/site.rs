@@ -95,7 +95,7 @@ impl Gateway {
         let counters = assembled.counters;
         let plane = Plane::new(PlaneParts {
             engines: Park::default(),
-            blocks: Vec::new(),
+            watches: Vec::new(),
             workers: counters
                 .iter()
                 .map(|c| WorkerView {

@@ -7,7 +7,9 @@ use esplanade_model::soe::{self, Soe};
 use esplanade_model::{KnobArgs, Knobs, Model, Running, Server};
 use gateway::app::OpenEngines;
 use gateway::config::{EngineAt, EngineConfig, EngineType};
+use gateway::crypto::select::{Choice, Compare, Selection};
 use pmd::Arena;
+use sa_store::cipher::CipherFactory;
 use std::time::Duration;
 
 /// A model on its socket.
@@ -52,15 +54,18 @@ pub fn soe() -> Modelled {
     serve("soe0", kind, knobs, Box::new(model))
 }
 
-/// Opens the models at one site of a bed. What must outlive the workers goes to `kept`.
+/// Opens the models at one site of a bed. What tells of them goes to `kept`.
 pub fn open(
     models: &[Modelled],
     arena: &Arc<Arena>,
     kept: &Mutex<Vec<OpenEngines>>,
 ) -> Vec<Arc<gateway::engine::Desk>> {
     let mut engines = OpenEngines::default();
+    let provider = Choice::Provider(gateway::crypto::ProviderId::RustCrypto);
+    let ciphers: Arc<dyn CipherFactory> =
+        Arc::new(Selection::new(provider, Compare::Features).unwrap());
     for m in models {
-        engines.open(&m.config, arena).unwrap();
+        engines.open(&m.config, arena, &ciphers, 1 << 20).unwrap();
     }
     let desks = engines.desks.clone();
     kept.lock().unwrap().push(engines);

@@ -62,9 +62,11 @@ use super::SoftwareEngine;
 use canary::{Canaries, Song};
 pub use known::KnownAnswerError;
 use quarantine::{Losses, Service};
+pub use recovery::Reopen;
 use recovery::{Bench, Workshop};
 use sample::{Draw, Samples};
 use sas::{Carried, Carrier, Sas};
+use state::Drivers;
 pub use state::{EngineState, EngineWatch, Reason, TrustStats};
 use ticket::{NO_SAMPLE, Ticket, Tickets};
 
@@ -169,7 +171,8 @@ pub struct Trusted {
     /// A reason to take the engine out of service, as soon as the call at hand has collected its results.
     suspect: Option<Reason>,
     trust: Arc<TrustStats>,
-    driver: Option<Arc<EngineStats>>,
+    drivers: Drivers,
+    stats: Option<Arc<EngineStats>>,
     /// A snapshot without SAs, for canaries when there is nothing else to send.
     empty: Arc<Snapshot>,
     /// Empty between calls, kept for their memory.
@@ -186,14 +189,31 @@ impl Trusted {
     /// # Errors
     /// The system gives no thread.
     pub fn new(
-        mut engine: Box<dyn EspEngine>,
+        engine: Box<dyn EspEngine>,
         config: TrustConfig,
         pool: Pool,
         ciphers: Arc<dyn CipherFactory>,
         clock: TrustClock,
     ) -> std::io::Result<Trusted> {
+        Self::with_reopen(engine, config, pool, ciphers, clock, None)
+    }
+
+    /// As [`new`](Self::new), for an engine that `reopen` can open anew when it does not come back from a reset.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new).
+    pub fn with_reopen(
+        mut engine: Box<dyn EspEngine>,
+        config: TrustConfig,
+        pool: Pool,
+        ciphers: Arc<dyn CipherFactory>,
+        clock: TrustClock,
+        reopen: Option<Reopen>,
+    ) -> std::io::Result<Trusted> {
         let caps = engine.capabilities().clone();
-        let driver = engine.stats().cloned();
+        let stats = engine.stats().cloned();
+        let drivers = Drivers::default();
+        drivers.add(stats.as_ref());
         let now = clock.now();
         let bench = |first| Bench {
             pool: Pool::new(pool.arena(), 8),
@@ -202,7 +222,7 @@ impl Trusted {
             generation: 0,
         };
         let first = config.first_private;
-        let workshop = Workshop::open(&config.name, bench(first))?;
+        let workshop = Workshop::open(&config.name, bench(first), reopen)?;
         let mut left = Vec::new();
         let proven = recovery::prove(&mut *engine, &mut left, &mut bench(first));
         left.into_iter().for_each(|j| j.frame.give_back());
@@ -223,7 +243,8 @@ impl Trusted {
             losses: Losses::new(now),
             suspect: None,
             trust: Arc::default(),
-            driver,
+            drivers,
+            stats,
             empty: Store::new(1, 1).current(),
             staged: Vec::new(),
             raw: Vec::new(),
@@ -252,7 +273,7 @@ impl Trusted {
             name: self.config.name.clone(),
             kind: self.caps.name,
             trust: Arc::clone(&self.trust),
-            driver: self.driver.clone(),
+            drivers: self.drivers.clone(),
         }
     }
 
@@ -639,7 +660,7 @@ impl EspEngine for Trusted {
     }
 
     fn stats(&self) -> Option<&Arc<EngineStats>> {
-        self.driver.as_ref()
+        self.stats.as_ref()
     }
 }
 

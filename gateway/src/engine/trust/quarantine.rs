@@ -327,6 +327,9 @@ impl Trusted {
         for id in self.gone.drain(..) {
             engine.remove(id);
         }
+        // It may have been opened anew.
+        self.stats = engine.stats().cloned();
+        self.drivers.add(self.stats.as_ref());
         self.service.post = Post::Serving(engine);
         self.service.since = now;
         self.suspect = None;

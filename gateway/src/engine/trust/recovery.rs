@@ -17,6 +17,9 @@ pub(super) struct Courier {
     pub(super) outcome: Result<(), String>,
 }
 
+/// Opens an engine anew whose device is gone: its process was ended, or its driver unbound.
+pub type Reopen = Box<dyn FnMut() -> Result<Box<dyn EspEngine>, String> + Send>;
+
 /// What the thread needs to check an engine.
 pub(super) struct Bench {
     pub(super) pool: Pool,
@@ -35,14 +38,18 @@ pub(super) struct Workshop {
 
 impl Workshop {
     /// Starts the thread. To be called before the caller is pinned to a CPU, as threads inherit that.
-    pub(super) fn open(name: &str, mut bench: Bench) -> std::io::Result<Workshop> {
+    pub(super) fn open(
+        name: &str,
+        mut bench: Bench,
+        mut reopen: Option<Reopen>,
+    ) -> std::io::Result<Workshop> {
         let (to, jobs) = channel::<Courier>();
         let (done, back) = channel();
         std::thread::Builder::new()
             .name(format!("heal-{name}"))
             .spawn(move || {
                 while let Ok(mut courier) = jobs.recv() {
-                    courier.outcome = restore(&mut courier, &mut bench);
+                    courier.outcome = restore(&mut courier, &mut bench, reopen.as_mut());
                     if let Err(unwanted) = done.send(courier) {
                         give_back(unwanted.0);
                         return;
@@ -83,10 +90,22 @@ impl Workshop {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Gone;
 
-/// Resets the engine and asks it the known answers.
-fn restore(courier: &mut Courier, bench: &mut Bench) -> Result<(), String> {
+/// Resets the engine, or opens it anew, and asks it the known answers.
+fn restore(
+    courier: &mut Courier,
+    bench: &mut Bench,
+    reopen: Option<&mut Reopen>,
+) -> Result<(), String> {
     let Courier { engine, jobs, .. } = courier;
-    engine.reset(jobs).map_err(|e| e.to_string())?;
+    if let Err(error) = engine.reset(jobs) {
+        let reopen = reopen.ok_or_else(|| error.to_string())?;
+        let fresh = reopen().map_err(|why| format!("{error}; opened anew: {why}"))?;
+        if fresh.capabilities() != engine.capabilities() {
+            return Err(format!("{error}; opened anew, it is another engine"));
+        }
+        // Frames that the old one may still write to stay away with it.
+        *engine = fresh;
+    }
     prove(&mut **engine, jobs, bench)
 }
 

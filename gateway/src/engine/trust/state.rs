@@ -1,8 +1,8 @@
 //! What is told of an engine: its state, why it was taken out of service, and counts. Written by the engine's owner, read by
 //! anybody.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use control::plane::EngineReport;
 use pmd::engine::EngineStats;
@@ -155,6 +155,27 @@ impl TrustStats {
     }
 }
 
+/// What the driver counts. An engine that was opened anew has a new one, and counts go on.
+#[derive(Clone, Debug, Default)]
+pub struct Drivers(Arc<Mutex<Vec<Arc<EngineStats>>>>);
+
+impl Drivers {
+    /// Counts these too, unless it does.
+    pub(super) fn add(&self, stats: Option<&Arc<EngineStats>>) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(stats) = stats
+            && !all.iter().any(|s| Arc::ptr_eq(s, stats))
+        {
+            all.push(Arc::clone(stats));
+        }
+    }
+
+    fn sum(&self, of: fn(&EngineStats) -> &Counter) -> u64 {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.iter().map(|s| of(s).value()).sum()
+    }
+}
+
 /// An engine, for reports; see [`Trusted::watch`](super::Trusted::watch).
 #[derive(Clone, Debug)]
 pub struct EngineWatch {
@@ -165,15 +186,14 @@ pub struct EngineWatch {
     /// What this module counts.
     pub trust: Arc<TrustStats>,
     /// What the driver counts.
-    pub driver: Option<Arc<EngineStats>>,
+    pub drivers: Drivers,
 }
 
 impl EngineWatch {
     /// As control tells it. `worker` owns the engine.
     pub fn report(&self, worker: usize) -> EngineReport {
         let t = &self.trust;
-        let of =
-            |f: fn(&EngineStats) -> &Counter| self.driver.as_deref().map_or(0, |d| f(d).value());
+        let of = |f: fn(&EngineStats) -> &Counter| self.drivers.sum(f);
         EngineReport {
             name: self.name.clone(),
             kind: self.kind.into(),
