@@ -8,6 +8,7 @@ mod models;
 mod plot;
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -29,6 +30,8 @@ pub(crate) use plot::draw;
 
 /// Frames for the packets and for the engines' own rings.
 const FRAMES: u32 = 16 << 10;
+/// SA indexes from here on are those of the engines' watch.
+const PRIVATE: u32 = 1 << 20;
 /// Time after which every driver has shown its counters.
 const SETTLE: Duration = Duration::from_millis(150);
 /// Steps of the search for a break-even size, bytes.
@@ -124,7 +127,7 @@ pub struct Engines {
 /// No engine can be opened, or a model does not start.
 pub fn measure(
     subjects: &Subjects<'_>,
-    factory: &dyn CipherFactory,
+    factory: &Arc<dyn CipherFactory>,
     clock: &Clock,
     rates: &Rates,
     effort: Effort,
@@ -149,7 +152,7 @@ pub fn measure(
     let mut bench = Bench {
         pool: &mut pool,
         clock,
-        factory,
+        factory: &**factory,
         effort,
     };
     let mut engines = Engines {
@@ -164,7 +167,7 @@ pub fn measure(
     engines.unmeasured.extend(failed);
     let mut open = OpenEngines::default();
     for config in &configs {
-        open.open(config, &arena)
+        open.open(config, &arena, factory, PRIVATE)
             .with_context(|| format!("engine \"{}\"", config.name))?;
     }
     for (number, desk) in (1_u8..).zip(&open.desks) {
@@ -404,7 +407,8 @@ mod tests {
             core_ghz: 1.0,
         };
         let clock = Clock::new();
-        let engines = measure(&subjects, &Fixed(RustCrypto), &clock, &rates, effort).unwrap();
+        let ciphers: Arc<dyn CipherFactory> = Arc::new(Fixed(RustCrypto));
+        let engines = measure(&subjects, &ciphers, &clock, &rates, effort).unwrap();
         assert_eq!(engines.unmeasured, Vec::<String>::new());
         // EIP-93 in both modes, SOE in packet mode; two directions, four sizes.
         assert_eq!(engines.even.len(), 6);

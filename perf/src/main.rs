@@ -440,7 +440,8 @@ impl Ground {
             patience: Duration::from_secs(10),
         };
         let rates = self.report.rates;
-        let engines = engines::measure(subjects, &selection, &self.clock, &rates, effort)?;
+        let ciphers: Arc<dyn sa_store::cipher::CipherFactory> = Arc::new(selection);
+        let engines = engines::measure(subjects, &ciphers, &self.clock, &rates, effort)?;
         engines::print(&engines);
         self.report.engines = Some(engines);
         Ok(true)
