@@ -11,6 +11,7 @@ pub mod engines;
 pub mod limit;
 pub mod machine;
 pub mod measure;
+pub mod parallel;
 pub mod peer;
 pub mod policies;
 pub mod ports;

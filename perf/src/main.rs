@@ -17,6 +17,7 @@ use perf::clock::Rates;
 use perf::engines::{self, Kind, Subjects};
 use perf::machine::{self, HugePages, Machine};
 use perf::measure::{Bench, Effort};
+use perf::parallel;
 use perf::peer::{Comparison, Peer, best_driver};
 use perf::policies::{self, PolicyCost};
 use perf::ports;
@@ -27,6 +28,7 @@ use perf::stages;
 use perf::traffic::Mix;
 use pmd::Arena;
 use quanta::Clock;
+use sa_store::cipher::CipherFactory;
 use sa_store::sa::Direction;
 use sa_store::suite::Suite;
 
@@ -91,6 +93,25 @@ enum Command {
     },
     /// Measures what receiving and sending a frame costs on every kind of port that this machine can run.
     Ports,
+    /// Measures one SA on several workers beside one.
+    Parallel {
+        /// Workers.
+        #[arg(long, default_value_t = 2)]
+        workers: usize,
+        /// Suites.
+        #[arg(
+            long,
+            value_delimiter = ',',
+            default_value = "aes-128-gcm-16,aes-256-gcm-16,chacha20-poly1305,aes-128-cbc+hmac-sha1-96,aes-256-cbc+hmac-sha2-256-128"
+        )]
+        suites: Vec<Suite>,
+        /// Sizes; the goal is for 1420 bytes.
+        #[arg(long, value_delimiter = ',', default_value = "1420")]
+        sizes: Vec<Mix>,
+        /// Crypto provider, or "auto".
+        #[arg(long, default_value = "auto")]
+        provider: Choice,
+    },
     /// Measures look-aside engines beside the CPU: throughput, cycles freed, break-even sizes.
     Engines {
         /// Engines of a gateway's configuration, which must not be in use; models when not given.
@@ -193,6 +214,8 @@ fn run(cli: &Cli) -> Result<bool> {
         Command::Run(args) | Command::Stages(args) => {
             args.workers.iter().copied().max().unwrap_or(1)
         }
+        // And one alone beside them.
+        Command::Parallel { workers, .. } => workers + 1,
         Command::Bar { .. }
         | Command::Policies { .. }
         | Command::Ports
@@ -211,6 +234,12 @@ fn run(cli: &Cli) -> Result<bool> {
         Command::Bar { providers } => ground.bar(providers),
         Command::Policies { policies, flows } => ground.policies(*policies, *flows),
         Command::Ports => ground.ports(),
+        Command::Parallel {
+            workers,
+            suites,
+            sizes,
+            provider,
+        } => ground.parallel(*workers, suites, sizes, *provider),
         Command::Engines {
             config,
             models,
@@ -285,6 +314,7 @@ impl Ground {
                 stages: Vec::new(),
                 policies: Vec::new(),
                 engines: None,
+                ratios: Vec::new(),
                 comparisons: Vec::new(),
             },
         })
@@ -432,16 +462,54 @@ impl Ground {
         Ok(true)
     }
 
+    fn parallel(
+        &mut self,
+        workers: usize,
+        suites: &[Suite],
+        sizes: &[Mix],
+        provider: Choice,
+    ) -> Result<bool> {
+        let selection = Selection::new(provider, Compare::Measure)?;
+        let mut reached = true;
+        parallel::print_head();
+        for &suite in suites {
+            for mix in sizes {
+                for direction in [Direction::Out, Direction::In] {
+                    let scenario = Scenario {
+                        suite,
+                        direction,
+                        sas: 1,
+                        flows: 1,
+                        policies: 1,
+                        workers,
+                        spread: Spread::Help,
+                        mix: mix.clone(),
+                        frames: self.frames,
+                    };
+                    let ratio = parallel::measure(&self.bench(&selection), &scenario)?;
+                    parallel::print(&ratio);
+                    let counts = workers >= 2 && ratio.size == "1420";
+                    reached &= !counts || ratio.ratio() >= parallel::WANTED;
+                    self.report.ratios.push(ratio);
+                }
+            }
+        }
+        println!(
+            "one SA; 0 packets lost, reordered or taken for replays, else the run would have ended"
+        );
+        Ok(reached)
+    }
+
     fn engines(&mut self, subjects: &Subjects<'_>) -> Result<bool> {
-        let selection = Selection::new(Choice::Auto, Compare::Measure)?;
+        let selection: Arc<dyn CipherFactory> =
+            Arc::new(Selection::new(Choice::Auto, Compare::Measure)?);
         let effort = choice::Effort {
             packets: 256,
             runs: self.effort.runs,
             patience: Duration::from_secs(10),
         };
         let rates = self.report.rates;
-        let ciphers: Arc<dyn sa_store::cipher::CipherFactory> = Arc::new(selection);
-        let engines = engines::measure(subjects, &ciphers, &self.clock, &rates, effort)?;
+        let engines = engines::measure(subjects, &selection, &self.clock, &rates, effort)?;
         engines::print(&engines);
         self.report.engines = Some(engines);
         Ok(true)

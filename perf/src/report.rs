@@ -11,6 +11,7 @@ use crate::clock::Rates;
 use crate::engines::{self, Engines};
 use crate::machine::Machine;
 use crate::measure::Outcome;
+use crate::parallel::Ratio;
 use crate::peer::Comparison;
 use crate::policies::PolicyCost;
 use crate::ports::PortCost;
@@ -33,6 +34,8 @@ pub struct Report {
     pub policies: Vec<PolicyCost>,
     /// Look-aside engines beside the CPU.
     pub engines: Option<Engines>,
+    /// One SA on several workers.
+    pub ratios: Vec<Ratio>,
     /// Lines beside the peer's.
     pub comparisons: Vec<Comparison>,
 }

@@ -47,6 +47,10 @@ struct Lane {
     sealer: Option<(Worker, Arc<WorkerCounters>)>,
     worker: Worker,
     idle: Vec<Frame>,
+    /// Frames that it sends in a step.
+    frames: usize,
+    /// Packets that the worker's rounds told of.
+    worked: u64,
     pool: Pool,
 }
 
@@ -57,8 +61,9 @@ pub struct Rig {
     /// Store of the gateway that is measured.
     pub store: Store,
     clock: Clock,
-    frames: usize,
     sent: u64,
+    /// One SA, whose packets must come out in order.
+    helps: bool,
     mean_size: f64,
 }
 
@@ -133,15 +138,17 @@ impl Rig {
         let mut lanes = Vec::new();
         let ends = feed.into_iter().zip(open(collect, n, arena)?);
         for (lane, ((feed, collect), worker)) in ends.zip(gateway.workers).enumerate() {
-            let mut idle = Vec::with_capacity(scenario.frames);
-            if pool.get_bulk(&mut idle, scenario.frames) != scenario.frames {
-                pool.put_bulk(&mut idle);
-                bail!("the arena has too few frames");
-            }
-            let flows = (0..scenario.flows)
+            let flows: Vec<u32> = (0..scenario.flows)
                 .filter(|flow| lane_of(scenario, *flow) == lane)
                 .map(|flow| scenario.destination(flow))
                 .collect();
+            let helps = scenario.spread == Spread::Help && flows.is_empty();
+            let frames = if helps { 0 } else { scenario.frames };
+            let mut idle = Vec::with_capacity(frames);
+            if pool.get_bulk(&mut idle, frames) != frames {
+                pool.put_bulk(&mut idle);
+                bail!("the arena has too few frames");
+            }
             lanes.push(Lane {
                 generator: Generator::new(scenario.mix.clone(), flows, WORKER_MAC),
                 feed,
@@ -149,10 +156,13 @@ impl Rig {
                 sealer: (!sealers.is_empty()).then(|| sealers.remove(0)),
                 worker,
                 idle,
+                frames,
+                worked: 0,
                 pool: Pool::new(arena, POOL_CACHE),
             });
         }
-        if lanes.iter().any(|l| l.generator.flows() == 0) {
+        let unused = |l: &Lane| l.generator.flows() == 0 && l.frames != 0;
+        if lanes.iter().any(unused) {
             for lane in &mut lanes {
                 lane.pool.put_bulk(&mut lane.idle);
             }
@@ -163,8 +173,8 @@ impl Rig {
             counters: gateway.counters,
             store: gateway.store,
             clock: gateway.clock,
-            frames: scenario.frames,
             sent: 0,
+            helps: scenario.spread == Spread::Help,
             mean_size: scenario.mix.mean(),
         })
     }
@@ -172,7 +182,9 @@ impl Rig {
     /// Steps after which every flow was visited, and the caches are as they will be.
     pub fn warm_up_steps(&self) -> usize {
         let flows = self.lanes.iter().map(|l| l.generator.flows()).max();
-        (2 * flows.unwrap_or(0)).div_ceil(self.frames).max(8)
+        (2 * flows.unwrap_or(0))
+            .div_ceil(self.frames().max(1))
+            .max(8)
     }
 
     /// Mean inner packet, bytes.
@@ -185,11 +197,12 @@ impl Rig {
     /// # Errors
     /// Packets were dropped, or do not come out.
     pub fn step(&mut self, between: impl FnOnce(&mut Store)) -> Result<Step> {
+        let order = self.helps.then(|| self.order());
         for lane in &mut self.lanes {
-            lane.prepare(self.frames)?;
+            lane.prepare()?;
         }
         between(&mut self.store);
-        let packets = self.frames * self.lanes.len();
+        let packets = self.lanes.iter().map(|lane| lane.frames).sum();
         let target = self.sent + packets as u64;
         let ticks = if let [lane] = &mut self.lanes[..] {
             let counters = &self.counters[0];
@@ -206,8 +219,27 @@ impl Rig {
                 != 0
             {}
         }
+        if order.is_some_and(|order| order != self.order()) {
+            bail!("packets of one SA came out in another order");
+        }
         self.balance();
         Ok(Step { packets, ticks })
+    }
+
+    /// Most frames that a lane sends.
+    fn frames(&self) -> usize {
+        self.lanes.iter().map(|l| l.frames).max().unwrap_or(0)
+    }
+
+    /// The frames as they lie before the workers, or came out of them.
+    fn order(&self) -> Vec<u32> {
+        let idle = self.lanes.iter().flat_map(|lane| &lane.idle);
+        idle.map(Frame::index).collect()
+    }
+
+    /// Packets that the workers beside the first told of: with [`Spread::Help`] those that they ciphered.
+    pub fn helped(&self) -> u64 {
+        self.lanes.iter().skip(1).map(|lane| lane.worked).sum()
     }
 
     /// All workers at once, each on its own CPU; the clock runs from the common start to the last one's end.
@@ -266,11 +298,11 @@ impl Rig {
     fn balance(&mut self) {
         let mut surplus = Vec::new();
         for lane in &mut self.lanes {
-            let keep = self.frames.min(lane.idle.len());
+            let keep = lane.frames.min(lane.idle.len());
             surplus.extend(lane.idle.drain(keep..));
         }
         for lane in &mut self.lanes {
-            let missing = self.frames - lane.idle.len();
+            let missing = lane.frames - lane.idle.len();
             lane.idle
                 .extend(surplus.drain(surplus.len().saturating_sub(missing)..));
         }
@@ -318,7 +350,7 @@ impl Drop for Rig {
 
 impl Lane {
     /// Writes all frames anew and puts them before the worker. The clock stands still.
-    fn prepare(&mut self, frames: usize) -> Result<()> {
+    fn prepare(&mut self) -> Result<()> {
         for frame in &mut self.idle {
             self.generator.fill(frame);
         }
@@ -329,7 +361,7 @@ impl Lane {
         let Some((sealer, counters)) = &mut self.sealer else {
             return Ok(());
         };
-        let target = counters.sent.value() + frames as u64;
+        let target = counters.sent.value() + self.frames as u64;
         let mut idle = 0;
         while counters.sent.value() < target {
             idle = if sealer.round() == 0 { idle + 1 } else { 0 };
@@ -346,11 +378,9 @@ impl Lane {
         let start = clock.raw();
         let mut idle = 0;
         while !done() {
-            idle = if self.worker.round() == 0 {
-                idle + 1
-            } else {
-                0
-            };
+            let worked = self.worker.round();
+            self.worked += worked as u64;
+            idle = if worked == 0 { idle + 1 } else { 0 };
             // Other workers may not have been scheduled yet: stuck is a matter of rounds and of time.
             if idle > STUCK && clock.delta(start, clock.raw()) > PATIENCE {
                 break;
@@ -457,6 +487,7 @@ fn lane_of(scenario: &Scenario, flow: u32) -> usize {
     match scenario.spread {
         Spread::Owner => sa % workers,
         Spread::Any => sa / workers % workers,
+        Spread::Help => 0,
     }
 }
 
@@ -489,6 +520,7 @@ fn config(scenario: &Scenario, workers: usize) -> AssemblyConfig {
         locals: Locals::new([(Vrf(0), address.into())]),
         flow_entries: (2 * scenario.flows as usize).max(1 << 16),
         policy_slots: scenario.policies as usize + 4096,
+        parallel: scenario.spread == Spread::Help,
         ..AssemblyConfig::default()
     }
 }
@@ -528,21 +560,23 @@ mod tests {
     use gateway::crypto::{Fixed, rustcrypto::RustCrypto};
 
     fn step_all(direction: Direction, workers: usize, spread: Spread) -> Rig {
+        let one = spread == Spread::Help;
         let scenario = Scenario {
             suite: "aes-128-gcm-16".parse().unwrap(),
             direction,
-            sas: 12,
+            sas: if one { 1 } else { 12 },
             flows: 24,
             policies: 50,
             workers,
             spread,
-            mix: "imix".parse().unwrap(),
-            frames: 128,
+            mix: if one { "1420" } else { "imix" }.parse().unwrap(),
+            frames: if one { 1024 } else { 128 },
         };
         let arena = arena_for(workers, scenario.frames).unwrap();
         let mut rig = Rig::new(&scenario, &Fixed(RustCrypto), &arena).unwrap();
         for _ in 0..5 {
-            assert_eq!(rig.step(|_| ()).unwrap().packets, 128 * workers);
+            let packets = rig.step(|_| ()).unwrap().packets;
+            assert_eq!(packets, if one { 1024 } else { 128 * workers });
         }
         rig
     }
@@ -566,6 +600,18 @@ mod tests {
             assert_eq!(step_all(direction, 2, Spread::Owner).handed_over(), 0);
             let handed = step_all(direction, 2, Spread::Any).handed_over();
             assert!((500..800).contains(&handed), "{handed} of 1280");
+        }
+    }
+
+    #[test]
+    fn workers_help_with_one_sa_and_its_packets_stay_in_order() {
+        for direction in [Direction::Out, Direction::In] {
+            let rig = step_all(direction, 2, Spread::Help);
+            let snapshot = rig.store.current();
+            let sa = snapshot.sa_at(0).unwrap();
+            assert_eq!(sa.live.counters.replays.value(), 0);
+            assert!(rig.helped() > 0, "{direction:?}: nobody helped");
+            assert_eq!(rig.handed_over(), 0);
         }
     }
 }

@@ -34,6 +34,8 @@ pub enum Spread {
     Owner,
     /// Any worker, as with a NIC that cannot hash by SPI: (n - 1) / n of the packets are handed over.
     Any,
+    /// The one SA's owner; the others help it to cipher.
+    Help,
 }
 
 /// What is measured.
@@ -75,6 +77,9 @@ impl Scenario {
                 self.policies,
                 self.flows
             );
+        }
+        if self.spread == Spread::Help && self.sas != 1 {
+            bail!("workers help with one SA, not with {}", self.sas);
         }
         if self.workers == 0 || self.frames < pmd::BURST {
             bail!("at least one worker and {} frames are needed", pmd::BURST);
