@@ -8,9 +8,12 @@
     --nic MODEL[,PROPERTY=VALUE…][@HUB]
         A NIC bound to vfio-pci: e1000e, igb, vmxnet3, virtio-net-pci (gets disable-legacy=on,iommu_platform=on).
         NICs with the same HUB (a small number) see each other's frames; the default is a hub of its own. `@tap:NAME`
-        joins a TAP of the host instead (made before, in the network namespace that this program runs in).
+        joins a TAP of the host instead, made before in the network namespace of this program or of `--netns`. `@bare:NAME` too, but
+        without checksums and segments left to do.
     --device MODEL[,PROPERTY=VALUE…]   any other device bound to vfio-pci: edu, virtio-crypto-pci,cryptodev=…
-    --peer HUB        a virtio NIC that the guest's kernel drives, on that hub: eth0, eth1, … in the order of the options
+    --peer HUB        a virtio NIC that the guest's kernel drives, on that hub (or tap:NAME, bare:NAME): eth0, eth1, … in the order
+                      of the options
+    --netns NAME      network namespace for QEMU
     --script FILE     a shell script (busybox) that is run instead of PROGRAM; "$@" are PROGRAM and its arguments
     --file HOST:GUEST --tool NAME   files and programs of the host (with their libraries) to take along
     --module NAME     kernel modules to load besides those of VFIO
@@ -277,8 +280,9 @@ class Machine:
 
     def backend(self, name, where):
         kind, _, tap = where.partition(":")
-        if kind == "tap":
-            self.arguments += ["-netdev", f"tap,id={name},ifname={tap},script=no,downscript=no"]
+        if kind in ("tap", "bare"):
+            header = "" if kind == "tap" else ",vnet_hdr=off"
+            self.arguments += ["-netdev", f"tap,id={name},ifname={tap},script=no,downscript=no{header}"]
         else:
             self.arguments += ["-netdev", f"hubport,id={name},hubid={int(where)}"]
 
@@ -326,6 +330,7 @@ def boot_once(options, output):
     with tempfile.TemporaryDirectory(prefix="bed-") as work:
         archive = initramfs(work, options, modules, m.slots)
         command = [
+            *(["ip", "netns", "exec", options.netns] if options.netns else []),
             *qemu, "-accel", "tcg,thread=multi", "-machine", "q35,kernel-irqchip=split", "-cpu", "max",
             "-smp", str(options.cpus), "-m", str(options.memory), "-nodefaults", "-no-user-config", "-display", "none",
             "-no-reboot", "-serial", "stdio", "-kernel", str(vmlinuz), "-initrd", archive,
@@ -412,6 +417,7 @@ def parser():
     p.add_argument("--nic", action=Ordered)
     p.add_argument("--device", action=Ordered)
     p.add_argument("--peer", action="append", default=[])
+    p.add_argument("--netns")
     p.add_argument("--script")
     p.add_argument("--file", action="append", default=[])
     p.add_argument("--tool", action="append", default=[])

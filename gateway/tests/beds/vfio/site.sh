@@ -12,6 +12,7 @@ ns() { n=$1; shift; $ip netns exec $n "$@"; }
 mac() { echo 52:54:00:00:$1; }
 
 # --- The site -----------------------------------------------------------------------------------------------
+# `udp=yes`: everything goes in ESP in UDP over IPv6.
 setup() {
     mkdir -p /run/netns /tmp/site
     # Room for all the jumbo replies of a flood, before ping has read them.
@@ -95,7 +96,11 @@ END
 keys() {
     rm -f /tmp/site/sa.toml
     ns peer $ip xfrm state flush; ns peer $ip xfrm policy flush
-    tunnel $1 four 192.0.2.1 192.0.2.2 10.1.0.0/24 10.2.0.0/16 4
+    if [ "$udp" ]; then
+        tunnel $1 four fd00::1 fd00::2 10.1.0.0/24 10.2.0.0/16 4
+    else
+        tunnel $1 four 192.0.2.1 192.0.2.2 10.1.0.0/24 10.2.0.0/16 4
+    fi
     tunnel $1 six fd00::1 fd00::2 fd01::/64 fd02::/64 6
 }
 
@@ -108,6 +113,7 @@ name = "$2"
 local = "$3"
 remote = "$4"
 suite = "aes-128-gcm-16"
+nat_t = $([ "$udp" ] && echo true || echo false)
 [[tunnel.sa]]
 direction = "out"
 spi = 0x1$1$7
@@ -137,10 +143,11 @@ dst = "$5"
 END
 )
     suite="mode tunnel flag af-unspec replay-window 128 aead rfc4106(gcm(aes))"
-    ns peer $ip xfrm state add src $3 dst $4 proto esp spi 0x1$1$7 $suite 0x$out 128 || failed "kernel SA"
-    ns peer $ip xfrm state add src $4 dst $3 proto esp spi 0x2$1$7 $suite 0x$in 128 || failed "kernel SA"
-    ns peer $ip xfrm policy add src $5 dst $6 dir in tmpl src $3 dst $4 proto esp mode tunnel
-    ns peer $ip xfrm policy add src $6 dst $5 dir out tmpl src $4 dst $3 proto esp mode tunnel
+    behind=$([ "$udp" ] && echo "encap espinudp 4500 4500 ::")
+    ns peer $ip xfrm state add src $3 dst $4 proto esp spi 0x1$1$7 reqid $7 $suite 0x$out 128 $behind || failed "kernel SA"
+    ns peer $ip xfrm state add src $4 dst $3 proto esp spi 0x2$1$7 reqid $7 $suite 0x$in 128 $behind || failed "kernel SA"
+    ns peer $ip xfrm policy add src $5 dst $6 dir in tmpl src $3 dst $4 proto esp reqid $7 mode tunnel
+    ns peer $ip xfrm policy add src $6 dst $5 dir out tmpl src $4 dst $3 proto esp reqid $7 mode tunnel
 }
 
 # --- The gateway --------------------------------------------------------------------------------------------
