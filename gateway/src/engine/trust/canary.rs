@@ -147,6 +147,8 @@ impl Canaries {
         pool.put(job.frame);
         match song {
             Song::Lost => self.lost_in_a_row += 1,
+            // An engine that fails whatever it gets refuses forgeries too.
+            Song::Right if flown.what == What::Forged => {}
             Song::Right | Song::Wrong => self.lost_in_a_row = 0,
         }
         song

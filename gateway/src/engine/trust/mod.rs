@@ -42,6 +42,8 @@ mod recovery;
 mod sample;
 mod sas;
 mod state;
+#[cfg(test)]
+mod tests;
 mod ticket;
 
 use std::sync::Arc;

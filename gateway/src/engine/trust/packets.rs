@@ -1,6 +1,6 @@
 //! The wrapper's own SAs and packets, for known answers and canaries.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use pmd::engine::{EspJob, JobKind, JobStatus};
@@ -213,9 +213,13 @@ pub(super) fn job(
     if !(bare && outer_headers) {
         let room = if bare { ESP_HEADER + suite.iv_len() } else { 0 };
         let mut head = [0; ipv4::HEADER_LEN];
+        let v4 = |a, other| match a {
+            IpAddr::V4(a) => a,
+            IpAddr::V6(_) => other,
+        };
         Ipv4Repr {
-            src: HERE,
-            dst: THERE,
+            src: v4(entry.spec.src, HERE),
+            dst: v4(entry.spec.dst, THERE),
             proto: proto::ESP,
             ttl: 64,
             tos: 0,
