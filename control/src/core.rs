@@ -12,6 +12,7 @@ use sa_store::runtime::event;
 use sa_store::store::Store;
 use serde::{Deserialize, Serialize};
 
+use crate::engines::Engines;
 use crate::events::Events;
 use crate::health::Health;
 use crate::install::{self, Applied};
@@ -76,6 +77,7 @@ pub struct Control {
     pub(crate) sa_files: Vec<PathBuf>,
     pub(crate) events: Events,
     pub(crate) health: Health,
+    engines: Engines,
     pub(crate) last_reload: Option<Reload>,
     pub(crate) reloads: [u64; 2],
     pub(crate) metrics_max_sas: usize,
@@ -103,6 +105,7 @@ impl Control {
             sa_files: parts.sa_files,
             events: Events::default(),
             health: Health::default(),
+            engines: Engines::default(),
             last_reload: None,
             reloads: [0; 2],
             metrics_max_sas: parts.metrics_max_sas,
@@ -235,6 +238,8 @@ impl Control {
         if self.last_slow.is_none_or(|t| now.duration_since(t) >= SLOW) {
             self.last_slow = Some(now);
             self.health.observe(self.plane.workers(), now);
+            self.engines
+                .observe(&self.plane.engines(), &mut self.events);
             self.expire();
             self.scan_events();
             if let Err(e) = self

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 /// Events kept for the API.
 const KEPT: usize = 1024;
 /// Kinds of SA events, in the order of their bits.
-const KINDS: u32 = 10;
+const KINDS: u32 = 11;
 /// Counted, but neither logged nor kept.
 const ROUTINE: u32 = event::FIRST_USE;
 /// May pass and come again; the others hold for the rest of the SA's life.
@@ -78,6 +78,9 @@ impl Events {
                 }
                 "hard" | "sequence_end" | "lease_out" => {
                     tracing::warn!(event = name, sa = %spec.name, tunnel = %spec.tunnel, spi = %spec.spi, "SA carries nothing more until it is replaced or its lease grows");
+                }
+                "engine_lost" => {
+                    tracing::warn!(event = name, sa = %spec.name, tunnel = %spec.tunnel, spi = %spec.spi, "SA is stopped: the engine that numbered its packets was lost; it needs a rekey now");
                 }
                 "replay_burst" => {
                     tracing::warn!(event = name, sa = %spec.name, tunnel = %spec.tunnel, spi = %spec.spi, src = %spec.src, dst = %spec.dst, "many packets in a row are forged or replayed");

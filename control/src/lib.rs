@@ -17,6 +17,7 @@
 pub mod api;
 pub mod core;
 pub mod desired;
+mod engines;
 pub mod events;
 pub mod explain;
 pub mod health;

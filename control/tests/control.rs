@@ -239,6 +239,7 @@ fn the_api_answers_and_shows_no_key() {
         json!({ "v": 1, "cmd": "stats" }),
         json!({ "v": 1, "cmd": "status" }),
         json!({ "v": 1, "cmd": "ports" }),
+        json!({ "v": 1, "cmd": "engines" }),
         json!({ "v": 1, "cmd": "events", "after": 0 }),
         json!({ "v": 1, "cmd": "explain", "src": "10.0.0.1", "dst": "172.16.1.5", "proto": 6, "ports": [1, 2] }),
         json!({ "v": 1, "cmd": "capture_start", "port": "wan", "file": "/x" }),

@@ -30,6 +30,7 @@ pub(super) fn answer(c: &mut Control, command: Command) -> Result<Value, String>
         })),
         Command::Events { after } => value(&c.events.since(after).collect::<Vec<_>>()),
         Command::Ports => value(&c.plane.ports()),
+        Command::Engines => value(&c.plane.engines()),
         Command::CaptureStart(request) => {
             c.plane.capture_start(&request)?;
             c.events

@@ -60,6 +60,8 @@ pub enum Command {
     },
     /// Ports with their counters.
     Ports,
+    /// Look-aside engines, and how far they are trusted.
+    Engines,
     /// Start a capture.
     CaptureStart(CaptureRequest),
     /// End a capture.

@@ -15,7 +15,7 @@ use sa_store::store::Totals;
 use super::families::Families;
 use super::table::*;
 use crate::core::Control;
-use crate::plane::PortReport;
+use crate::plane::{EngineReport, PortReport};
 
 pub(super) fn all(c: &Control) -> Vec<MetricFamily> {
     let mut f = Families::default();
@@ -26,6 +26,9 @@ pub(super) fn all(c: &Control) -> Vec<MetricFamily> {
     }
     for p in c.plane.ports() {
         port(&p, &mut f);
+    }
+    for e in c.plane.engines() {
+        engine(&e, &mut f);
     }
     tunnels(c, &snapshot, &mut f);
     sas(c, &snapshot, &mut f);
@@ -127,6 +130,42 @@ fn port(p: &PortReport, f: &mut Families) {
             f.add(metric, &[&p.name, name], *n);
         }
     }
+}
+
+fn engine(e: &EngineReport, f: &mut Families) {
+    let name = e.name.as_str();
+    // All states, also those at 0: an alert needs the sample before it changes.
+    for state in ["serving", "quarantined", "recovering", "dead"] {
+        f.add(
+            &ENGINE_STATE,
+            &[name, &e.kind, state],
+            u64::from(e.state == state),
+        );
+    }
+    if e.quarantines > 0 {
+        f.add(&ENGINE_REASON, &[name, &e.reason], 1);
+    }
+    for (metric, value) in [
+        (&ENGINE_SUBMITTED, e.submitted),
+        (&ENGINE_COMPLETED, e.completed),
+        (&ENGINE_BYTES, e.bytes),
+        (&ENGINE_DOORBELLS, e.doorbells),
+        (&ENGINE_BUSY, e.busy),
+        (&ENGINE_CANARIES, e.canaries),
+        (&ENGINE_CANARIES_FAILED, e.canaries_failed),
+        (&ENGINE_SAMPLES, e.samples),
+        (&ENGINE_SAMPLES_FAILED, e.samples_failed),
+        (&ENGINE_LOST, e.lost),
+        (&ENGINE_WRONG, e.wrong),
+        (&ENGINE_QUARANTINES, e.quarantines),
+        (&ENGINE_FALLBACK, e.fallback),
+        (&ENGINE_REFUSED, e.refused),
+    ] {
+        f.add(metric, &[name], value);
+    }
+    let ok = e.resets.saturating_sub(e.resets_failed);
+    f.add(&ENGINE_RESETS, &[name, "ok"], ok);
+    f.add(&ENGINE_RESETS, &[name, "failed"], e.resets_failed);
 }
 
 fn errors(t: &Totals) -> [(&'static str, u64); 6] {

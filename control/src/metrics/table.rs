@@ -62,6 +62,24 @@ metrics! {
     PORT_DEVICE: COUNTER "esplanade_port_device_events_total" ["port", "event"] "The device's own counters and its driver's: restarts, frames without a buffer, errors on the wire.";
     PORT_FAULTS: COUNTER "esplanade_port_device_faults_total" ["port", "rule"] "How often the device or peer broke a rule; after most the driver starts it anew.";
 
+    ENGINE_STATE: GAUGE "esplanade_engine_state" ["engine", "kind", "state"] "1 for the state that the look-aside engine is in: serving, quarantined, recovering or dead.";
+    ENGINE_REASON: GAUGE "esplanade_engine_quarantine_reason" ["engine", "reason"] "1 for the reason of the last quarantine; absent when there was none.";
+    ENGINE_SUBMITTED: COUNTER "esplanade_engine_submitted_packets_total" ["engine"] "Packets given to the engine, canaries too.";
+    ENGINE_COMPLETED: COUNTER "esplanade_engine_completed_packets_total" ["engine"] "Packets that came back from it.";
+    ENGINE_BYTES: COUNTER "esplanade_engine_submitted_bytes_total" ["engine"] "Bytes given to the engine.";
+    ENGINE_DOORBELLS: COUNTER "esplanade_engine_doorbells_total" ["engine"] "Doorbells rung: packets by this is the batch.";
+    ENGINE_BUSY: COUNTER "esplanade_engine_busy_packets_total" ["engine"] "Times that a packet found no room in the engine.";
+    ENGINE_CANARIES: COUNTER "esplanade_engine_canaries_total" ["engine"] "Packets of known content sent through the engine.";
+    ENGINE_CANARIES_FAILED: COUNTER "esplanade_engine_canaries_failed_total" ["engine"] "Canaries that came back wrong or not at all.";
+    ENGINE_SAMPLES: COUNTER "esplanade_engine_samples_total" ["engine"] "Packets of the traffic that software ciphered again.";
+    ENGINE_SAMPLES_FAILED: COUNTER "esplanade_engine_samples_failed_total" ["engine"] "Samples of which software made something else.";
+    ENGINE_LOST: COUNTER "esplanade_engine_lost_packets_total" ["engine"] "Packets that failed in the engine or did not come back in time.";
+    ENGINE_WRONG: COUNTER "esplanade_engine_wrong_results_total" ["engine"] "Results that cannot be right; each takes the engine out of service.";
+    ENGINE_QUARANTINES: COUNTER "esplanade_engine_quarantines_total" ["engine"] "Times that the engine was taken out of service.";
+    ENGINE_RESETS: COUNTER "esplanade_engine_resets_total" ["engine", "result"] "Attempts to bring the engine back, by result; one under way counts as ok.";
+    ENGINE_FALLBACK: COUNTER "esplanade_engine_fallback_packets_total" ["engine"] "Packets that the CPU ciphered while the engine was out of service.";
+    ENGINE_REFUSED: COUNTER "esplanade_engine_refused_packets_total" ["engine"] "Packets that could not be carried because it was: the engine has their numbers.";
+
     TUNNEL_UP: GAUGE "esplanade_tunnel_up" ["tunnel"] "1 while the tunnel has an outbound SA.";
     TUNNEL_PACKETS: COUNTER "esplanade_tunnel_packets_total" ["tunnel", "direction"] "Packets carried, over all rekeys.";
     TUNNEL_BYTES: COUNTER "esplanade_tunnel_bytes_total" ["tunnel", "direction"] "Bytes of inner packets carried, over all rekeys.";

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use control::core::{Control, Parts};
 use control::plane::{
-    CaptureReport, CaptureRequest, DataPlane, DeviceReport, PortReport, ProviderReport,
-    QueueCounters, WorkerView,
+    CaptureReport, CaptureRequest, DataPlane, DeviceReport, EngineReport, PortReport,
+    ProviderReport, QueueCounters, WorkerView,
 };
 use sa_store::cipher::{CipherError, CipherFactory, CipherJob, SaCipher};
 use sa_store::file::Config;
@@ -108,6 +108,20 @@ impl DataPlane for Plane {
             provider: "none".into(),
             selected: true,
             ns_per_packet: Some(150.0),
+        }]
+    }
+    fn engines(&self) -> Vec<EngineReport> {
+        vec![EngineReport {
+            name: "eip0".into(),
+            kind: "eip93".into(),
+            state: "recovering".into(),
+            reason: "canary".into(),
+            canaries: 5,
+            canaries_failed: 1,
+            quarantines: 1,
+            resets: 3,
+            resets_failed: 2,
+            ..EngineReport::default()
         }]
     }
     fn policy_hits(&self, _: Direction, policy: PolicyIdx) -> Option<u64> {

@@ -70,6 +70,8 @@ enum Command {
     Events(show::EventsArgs),
     /// Ports of the running gateway.
     Ports(ClientArgs),
+    /// Look-aside engines of the running gateway, and how far they are trusted.
+    Engines(ClientArgs),
     /// Capture what passes a port of the running gateway into a pcapng file.
     Capture {
         #[command(subcommand)]
@@ -225,6 +227,7 @@ fn dispatch(command: Command) -> Result<(), Failure> {
         Command::Status(client) => show::pretty(&client, &Api::Status),
         Command::Events(args) => show::events(&args),
         Command::Ports(client) => show::ports(&client),
+        Command::Engines(client) => show::engines(&client),
         Command::Capture {
             command:
                 CaptureCommand::Start {

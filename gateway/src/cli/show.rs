@@ -7,7 +7,7 @@ use clap::Args;
 use control::api::{Command, PolicyInfo, SaInfo, Stats};
 use control::core::Reload;
 use control::events::Event;
-use control::plane::{CaptureReport, CaptureRequest, PortReport};
+use control::plane::{CaptureReport, CaptureRequest, EngineReport, PortReport};
 use serde_json::Value;
 
 use super::client::{ask, ask_value};
@@ -306,6 +306,52 @@ pub(super) fn ports(client: &ClientArgs) -> Result<(), Failure> {
         return pretty(client, &Command::Ports);
     }
     ports_table(&ask::<Vec<PortReport>>(client, &Command::Ports)?);
+    Ok(())
+}
+
+pub(super) fn engines(client: &ClientArgs) -> Result<(), Failure> {
+    if client.json {
+        return pretty(client, &Command::Engines);
+    }
+    let list: Vec<EngineReport> = ask(client, &Command::Engines)?;
+    let rows: Vec<_> = list
+        .iter()
+        .map(|e| {
+            let state = match e.quarantines {
+                0 => e.state.clone(),
+                n => format!("{} ({n}x {})", e.state, e.reason),
+            };
+            vec![
+                e.name.clone(),
+                e.kind.clone(),
+                e.worker.to_string(),
+                state,
+                number(e.submitted),
+                number(e.lost),
+                number(e.wrong),
+                format!("{}/{}", number(e.canaries_failed), number(e.canaries)),
+                format!("{}/{}", number(e.samples_failed), number(e.samples)),
+                number(e.fallback),
+                number(e.refused),
+            ]
+        })
+        .collect();
+    print(
+        &[
+            "engine",
+            "kind",
+            ">worker",
+            "state",
+            ">packets",
+            ">lost",
+            ">wrong",
+            ">bad canaries",
+            ">bad samples",
+            ">by CPU",
+            ">refused",
+        ],
+        &rows,
+    );
     Ok(())
 }
 
