@@ -308,7 +308,10 @@ impl Trusted {
                     done.push(job);
                 }
                 // Its numbers are the engine's: they wait for it.
-                Carrier::Engine if !serving && sa.is_numbered_elsewhere() => {
+                Carrier::Engine | Carrier::Waiting
+                    if (!serving || sa.carrier == Carrier::Waiting)
+                        && sa.is_numbered_elsewhere() =>
+                {
                     self.trust.refused.add(1);
                     job.status = JobStatus::Failed;
                     done.push(job);

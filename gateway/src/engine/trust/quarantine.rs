@@ -244,7 +244,12 @@ impl Trusted {
             engine,
             jobs,
             outcome,
+            anew,
         } = courier;
+        if anew {
+            self.sas.reinstall();
+            self.gone.clear();
+        }
         for mut job in jobs {
             let ticket = self.tickets.take(job.tag).filter(|t| t.canary.is_none());
             let Some(ticket) = ticket else {

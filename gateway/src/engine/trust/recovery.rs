@@ -15,6 +15,8 @@ pub(super) struct Courier {
     pub(super) jobs: Vec<EspJob>,
     /// What failed, if anything did.
     pub(super) outcome: Result<(), String>,
+    /// It was opened anew and knows no SA.
+    pub(super) anew: bool,
 }
 
 /// Opens an engine anew whose device is gone: its process was ended, or its driver unbound.
@@ -65,6 +67,7 @@ impl Workshop {
             engine,
             jobs: Vec::new(),
             outcome: Ok(()),
+            anew: false,
         };
         self.to.send(courier).map_err(|e| e.0.engine)
     }
@@ -96,7 +99,9 @@ fn restore(
     bench: &mut Bench,
     reopen: Option<&mut Reopen>,
 ) -> Result<(), String> {
-    let Courier { engine, jobs, .. } = courier;
+    let Courier {
+        engine, jobs, anew, ..
+    } = courier;
     if let Err(error) = engine.reset(jobs) {
         let reopen = reopen.ok_or_else(|| error.to_string())?;
         let fresh = reopen().map_err(|why| format!("{error}; opened anew: {why}"))?;
@@ -105,6 +110,7 @@ fn restore(
         }
         // Frames that the old one may still write to stay away with it.
         *engine = fresh;
+        *anew = true;
     }
     prove(&mut **engine, jobs, bench)
 }

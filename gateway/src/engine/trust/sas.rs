@@ -11,7 +11,7 @@ use sa_store::suite::{Cipher, Suite};
 pub(super) enum Carrier {
     /// The engine; while it is out of service the CPU, where that may be.
     Engine,
-    /// The CPU until the engine has taken the SA.
+    /// The CPU, where that may be, until the engine has taken the SA.
     Waiting,
     /// The CPU, until the SA's end: the engine does not take it again.
     Cpu,
@@ -217,6 +217,16 @@ impl Sas {
         self.count_unsettled();
     }
 
+    /// The engine knows none of them any more: all that it is to carry wait to be installed.
+    pub(super) fn reinstall(&mut self) {
+        for sa in self.list.iter_mut().flatten() {
+            if sa.carrier == Carrier::Engine {
+                sa.carrier = Carrier::Waiting;
+            }
+        }
+        self.count_unsettled();
+    }
+
     fn count_unsettled(&mut self) {
         let open = |s: &&Carried| match s.carrier {
             Carrier::Waiting => true,
@@ -250,7 +260,10 @@ impl Sas {
                 }
                 (Carrier::Waiting, Some(install)) if tried < AT_ONCE => {
                     tried += 1;
-                    sa.carrier = install(entry);
+                    sa.carrier = match install(entry) {
+                        Carrier::Cpu if sa.is_numbered_elsewhere() => Carrier::Nobody,
+                        carrier => carrier,
+                    };
                 }
                 _ => {}
             }

@@ -73,14 +73,17 @@ impl Seen {
     }
 }
 
-fn run(bare: bool, mode: OffloadMode, sample: u32, steps: Vec<Step>) {
+fn run(bare: bool, mode: OffloadMode, sample: u32, reopens: bool, steps: Vec<Step>) {
     let config = TrustConfig {
         sample_out: sample,
         sample_in: sample,
         sample_places: 8,
         ..config()
     };
-    let mut rig = Rig::new(bare, config, Script::default());
+    let mut rig = match reopens {
+        true => Rig::reopening(bare, config),
+        false => Rig::new(bare, config, Script::default()),
+    };
     let out = rig.sa(gcm(), Direction::Out, mode);
     let inb = rig.sa(cbc(), Direction::In, mode);
     let (mut seen, mut given, mut next) = (Seen::default(), 0, 1);
@@ -136,9 +139,10 @@ proptest! {
     fn nothing_leaves_twice_and_everything_comes_home(
         kind in 0usize..3,
         sample in 0u32..4,
+        reopens in any::<bool>(),
         steps in proptest::collection::vec(step(), 1..24),
     ) {
         let (bare, mode) = KINDS[kind];
-        run(bare, mode, sample, steps);
+        run(bare, mode, sample, reopens, steps);
     }
 }

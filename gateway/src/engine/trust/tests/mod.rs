@@ -23,7 +23,7 @@ use super::*;
 use crate::crypto::Fixed;
 use crate::crypto::differential::keys;
 use crate::crypto::rustcrypto::RustCrypto;
-use engine::{Fault, Script, TestEngine};
+use engine::{Fault, Script, Shared, TestEngine};
 
 /// SAs of the store.
 const SAS: u32 = 64;
@@ -40,7 +40,7 @@ fn cbc() -> Suite {
 /// The wrapper, and who uses it.
 struct Rig {
     trusted: Option<Trusted>,
-    script: engine::Shared,
+    script: Shared,
     bare: bool,
     arena: Arc<Arena>,
     pool: Pool,
@@ -77,25 +77,40 @@ impl Rig {
         engine: Box<dyn EspEngine>,
         arena: Arc<Arena>,
         config: TrustConfig,
-        script: engine::Shared,
+        script: Shared,
     ) -> Rig {
-        let clock = Arc::new(AtomicU64::new(1000 * SECOND));
-        let time = TrustClock::Manual(Arc::clone(&clock));
-        Rig::at(engine, arena, config, script, clock, time)
+        Rig::at(engine, arena, config, script, None)
+    }
+
+    /// As [`Rig::new`], with an engine that is opened anew when it does not come back.
+    fn reopening(bare: bool, config: TrustConfig) -> Rig {
+        let script = Shared::default();
+        let shared = Arc::clone(&script);
+        let engine = move || {
+            let mut script = shared.lock().unwrap();
+            script.installed.clear();
+            (script.hangs, script.ill) = (false, false);
+            drop(script);
+            TestEngine::new(SAS, bare, &[gcm(), cbc()], &shared)
+        };
+        let first = Box::new(engine());
+        let reopen: Reopen = Box::new(move || Ok(Box::new(engine())));
+        Rig::at(first, arena(), config, script, Some(reopen))
     }
 
     fn at(
         engine: Box<dyn EspEngine>,
         arena: Arc<Arena>,
         config: TrustConfig,
-        script: engine::Shared,
-        clock: Arc<AtomicU64>,
-        time: TrustClock,
+        script: Shared,
+        reopen: Option<Reopen>,
     ) -> Rig {
+        let clock = Arc::new(AtomicU64::new(1000 * SECOND));
+        let time = TrustClock::Manual(Arc::clone(&clock));
         let bare = engine.capabilities().outer_headers;
         let ciphers = Arc::new(Fixed(RustCrypto));
         let pool = Pool::new(&arena, 8);
-        let trusted = Trusted::new(engine, config, pool, ciphers, time).unwrap();
+        let trusted = Trusted::with_reopen(engine, config, pool, ciphers, time, reopen).unwrap();
         let store = Store::new(1, SAS);
         Rig {
             trust: Arc::clone(&trusted.trust),

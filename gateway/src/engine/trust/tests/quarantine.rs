@@ -542,3 +542,40 @@ fn an_engine_that_is_away_at_the_end_comes_home_first() {
     done.into_iter().for_each(|j| rig.pool.put(j.frame));
     assert_eq!(rig.arena.outstanding(), 0);
 }
+
+#[test]
+fn an_engine_that_is_opened_anew_gets_its_sas_again() {
+    let mut rig = Rig::reopening(false, config());
+    let seal = rig.sa(gcm(), Direction::Out, OffloadMode::Crypto);
+    let open = rig.sa(cbc(), Direction::In, OffloadMode::Packet);
+    let numbered = rig.sa(cbc(), Direction::Out, OffloadMode::Packet);
+    let gone = rig.sa(cbc(), Direction::Out, OffloadMode::Packet);
+    rig.script().bad_resets = 1;
+    rig.script().hangs = true;
+    rig.send(seal, 2);
+    rig.send(numbered, 3);
+    rig.tick(3 * SECOND);
+    rig.remove(gone);
+    rig.healed();
+    assert_eq!(rig.state().0, EngineState::Serving);
+    assert_eq!(
+        rig.take()
+            .iter()
+            .filter(|(_, s)| *s == JobStatus::Failed)
+            .count(),
+        5
+    );
+    rig.submit();
+    let mut installed = rig.script().installed.clone();
+    installed.retain(|id| id.index < SAS);
+    installed.sort_unstable();
+    assert_eq!(installed, [seal, open, numbered]);
+    rig.send(seal, 2);
+    assert_eq!(rig.take(), all(3..=4, JobStatus::Done));
+    rig.send(numbered, 2);
+    assert_eq!(rig.take(), all(4..=5, JobStatus::Done));
+    rig.receive(open, 1..=2);
+    assert_eq!(rig.take(), all(1..=2, JobStatus::Done));
+    assert_eq!(rig.trust.fallback.value(), 0);
+    rig.end();
+}
