@@ -671,6 +671,10 @@ impl EspEngine for Trusted {
 
 impl Trusted {
     fn admit(&mut self, sa: &SaEntry, carrier: Carrier) {
+        if self.sas.find(sa.fixed.id).is_some() {
+            // What is known of its numbers stays.
+            return;
+        }
         let opener = self.opener(sa);
         let carried = Carried::new(sa, carrier, opener);
         if let Some(before) = self.sas.insert(carried)

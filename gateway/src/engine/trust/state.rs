@@ -225,6 +225,24 @@ mod tests {
     use super::*;
 
     #[test]
+    fn every_reason_and_state_is_described_for_operators() {
+        let text = include_str!("../../../../deploy/engines.md");
+        let (states, reasons) = text.split_once("## Reasons").unwrap();
+        for state in EngineState::ALL {
+            assert!(
+                states.contains(&format!("\n| {} |", state.name())),
+                "{state:?}"
+            );
+        }
+        let described: Vec<_> = reasons
+            .lines()
+            .filter_map(|l| l.strip_prefix("| `")?.split('`').next())
+            .collect();
+        let known: Vec<_> = Reason::ALL.iter().map(|r| r.name()).collect();
+        assert_eq!(described, known);
+    }
+
+    #[test]
     fn state_and_reason_read_as_they_were_written() {
         let stats = TrustStats::default();
         assert_eq!(
