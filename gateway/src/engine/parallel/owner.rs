@@ -24,8 +24,11 @@ pub(super) const DEPTH: usize = 8;
 const BACKLOG: usize = 2;
 /// SAs at once.
 const LANES: usize = 8;
-/// Pieces beside those that helpers hold: ciphered ones behind a helper that takes its time.
+/// Pieces made at start beside those that helpers hold.
 const SPARE: usize = 96;
+/// Pieces that there may be. More than at start are made when the system takes a helper's CPU away for long and everything
+/// behind what it holds has to wait: the packets of some ten milliseconds, so that they need not be dropped.
+const MOST_PIECES: usize = 4096;
 
 /// The owner's ends of the rings to and from one helper.
 pub(super) struct Desk {
@@ -74,6 +77,8 @@ pub struct ParallelEngine {
     /// Pieces that wait for a helper: lane and place, oldest first.
     waiting: VecDeque<(usize, u64)>,
     stock: Vec<Parcel>,
+    /// Pieces that may still be made.
+    pub(super) unmade: usize,
     /// Jobs of a burst that stay on the CPU without a lane.
     rest: Vec<EspJob>,
     /// Jobs of a burst that are not taken.
@@ -98,7 +103,7 @@ impl ParallelEngine {
             capabilities: Capabilities {
                 name: "parallel",
                 synchronous: desks.is_empty(),
-                in_flight: pieces * LEAST,
+                in_flight: MOST_PIECES * LEAST,
                 ..local.capabilities().clone()
             },
             own,
@@ -110,6 +115,7 @@ impl ParallelEngine {
             lanes: (0..LANES).map(|_| Lane::with_capacity(pieces)).collect(),
             waiting: VecDeque::with_capacity(pieces),
             stock: (0..pieces).map(|_| Piece::spare()).collect(),
+            unmade: MOST_PIECES.saturating_sub(pieces),
             rest: Vec::with_capacity(4 * BURST),
             refused: Vec::with_capacity(4 * BURST),
             in_flight: 0,
@@ -285,6 +291,10 @@ impl ParallelEngine {
             Some(parcel) => parcel,
             none => match self.stock.pop() {
                 Some(parcel) => none.insert(parcel),
+                None if self.unmade != 0 => {
+                    self.unmade -= 1;
+                    none.insert(Piece::spare())
+                }
                 None => return Err(job),
             },
         };

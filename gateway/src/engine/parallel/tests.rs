@@ -312,6 +312,7 @@ fn a_helper_that_does_nothing_costs_order_and_memory_no_more_than_is_bounded() {
     let (_, mut helper) = crew.remove(1);
     let (mut engine, _) = crew.remove(0);
     heat_with(&mut bed, &mut engine, &view, &mut helper);
+    engine.unmade = 100;
     let (mut done, mut left) = (Vec::new(), 0);
     for _ in 0..64 {
         let mut jobs = bed.burst(0, BURST);
