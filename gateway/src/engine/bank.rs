@@ -155,6 +155,12 @@ impl Bank {
             self.cpu.submit(view, jobs, done);
             return;
         }
+        if self.cpu.in_flight() == 0 {
+            // All that comes back is of this direction, behind what came before.
+            self.take(kind, done);
+            self.cpu.submit(view, jobs, done);
+            return;
+        }
         self.cpu.submit(view, jobs, &mut self.done);
         self.sort();
         self.take(kind, done);

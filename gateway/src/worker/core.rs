@@ -218,6 +218,11 @@ impl Core {
         self.shared.ports.backlog() == 0
             && !self.shared.bank.is_busy()
             && !self.shared.handover.pending()
+            && !self
+                .shared
+                .helper
+                .as_ref()
+                .is_some_and(CryptoHelper::is_wanted)
     }
 
     /// Gives every held frame back, counted as dropped at shutdown, and empties the ports.
@@ -225,10 +230,15 @@ impl Core {
         let shared = &mut self.shared;
         let Shared {
             bank,
+            helper,
             counters,
             pool,
             ..
         } = shared;
+        // The others do without before this worker waits for them.
+        if let Some(helper) = helper {
+            helper.retire();
+        }
         bank.abandon(|job| {
             counters.drop_frames(DropReason::Shutdown, 1);
             pool.put(job.frame);
