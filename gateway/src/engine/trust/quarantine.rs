@@ -314,17 +314,21 @@ impl Trusted {
             config,
             ..
         } = self;
+        let mut missing = 0_u32;
         tickets.clear(|ticket| {
             samples.drop(ticket.sample);
             if ticket.canary.is_some() {
                 return;
             }
             sas.landed(ticket.sa);
-            tracing::error!(engine = %config.name, "a frame did not come back from a reset");
+            missing += 1;
             if let Some(frame) = pool.get() {
                 done.push(ticket.failed(frame));
             }
         });
+        if missing != 0 {
+            tracing::error!(engine = %config.name, missing, "frames did not come back from the engine: they stay away");
+        }
     }
 
     /// Back in service.
