@@ -3,7 +3,6 @@
 
 use pmd::engine::{EspJob, JobKind};
 use sa_store::plan::{ESP_HEADER, ESP_TRAILER};
-use sa_store::runtime::SaEntry;
 use sa_store::sa::OffloadMode;
 use sa_store::suite::MAX_PAD;
 
@@ -12,8 +11,9 @@ use super::state::Reason;
 use super::ticket::Ticket;
 
 /// Notes of a job what the result must show.
-pub(super) fn note(ticket: &mut Ticket, job: &EspJob, entry: &SaEntry, hides: bool, bare: bool) {
-    let iv_len = entry.spec.suite.iv_len();
+#[inline]
+pub(super) fn note(ticket: &mut Ticket, job: &EspJob, sa: &Carried, bare: bool) {
+    let iv_len = sa.suite.iv_len();
     let from = usize::from(job.esp_off);
     let data = job.frame.data();
     let packet = job.mode == OffloadMode::Packet;
@@ -22,7 +22,7 @@ pub(super) fn note(ticket: &mut Ticket, job: &EspJob, entry: &SaEntry, hides: bo
         (JobKind::Seal, false) => Some(from + ESP_HEADER + iv_len),
         (JobKind::Open, _) => None,
     };
-    if hides {
+    if sa.hides() {
         let end = usize::from(job.esp_end);
         let first = payload.and_then(|at| data.get(at..end)?.first_chunk());
         ticket.plain = first.copied();

@@ -342,13 +342,14 @@ impl Trusted {
     /// Gives the job a ticket, and works out its answer if it is drawn.
     fn stage(&mut self, view: &Snapshot, mut job: EspJob, now: u64, done: &mut Vec<EspJob>) {
         let bare = self.caps.outer_headers;
-        let (Some(entry), Some(sa)) = (view.sa(job.sa), self.sas.find(job.sa)) else {
+        let Some(sa) = self.sas.find(job.sa) else {
             job.status = JobStatus::SaGone;
             done.push(job);
             return;
         };
         let mut ticket = Ticket::of(&job, now);
-        judge::note(&mut ticket, &job, entry, sa.hides(), bare);
+        judge::note(&mut ticket, &job, sa, bare);
+        ticket.nth = sa.departed();
         let draw = match job.kind {
             JobKind::Seal => &mut self.draw_out,
             JobKind::Open => &mut self.draw_in,
@@ -357,9 +358,9 @@ impl Trusted {
             draw.pass();
         } else if !self.samples.is_full() {
             draw.taken();
-            ticket.sample = self.samples.take(&job, entry, bare).unwrap_or(NO_SAMPLE);
+            let sample = view.sa(job.sa).map(|sa| self.samples.take(&job, sa, bare));
+            ticket.sample = sample.flatten().unwrap_or(NO_SAMPLE);
         }
-        ticket.nth = self.sas.departed(job.sa);
         if self.tickets.all() == 0 {
             self.losses.progress(now);
         }

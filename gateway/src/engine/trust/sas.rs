@@ -78,6 +78,14 @@ impl Carried {
         self.mode == OffloadMode::Packet && self.direction == Direction::Out
     }
 
+    /// A job of the SA goes into the engine; its place in the SA's line.
+    #[inline]
+    pub(super) fn departed(&mut self) -> u64 {
+        self.in_flight += 1;
+        self.given += 1;
+        self.given
+    }
+
     /// Whether the ciphertext differs from the plaintext.
     pub(super) fn hides(&self) -> bool {
         !matches!(
@@ -166,14 +174,6 @@ impl Sas {
             *at = 0;
         }
         self.count_unsettled();
-    }
-
-    /// A job of the SA went into the engine; its place in the SA's line.
-    pub(super) fn departed(&mut self, id: SaId) -> u64 {
-        let Some(sa) = self.find(id) else { return 0 };
-        sa.in_flight += 1;
-        sa.given += 1;
-        sa.given
     }
 
     /// The SA of a job that came back, which may be on its way out. [`Sas::landed`] is to follow.
