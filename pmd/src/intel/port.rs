@@ -15,6 +15,7 @@ use super::regs::Regs;
 use super::ring::{DESCRIPTOR, Format, RING_MAX, RING_MIN, RxRing, TxRing};
 use crate::arena::Arena;
 use crate::device::{Device, DeviceError, IovaClass};
+use crate::nic::attempts::Attempts;
 use crate::nic::{Link, NicControl, NicOptions};
 use crate::port::{MacAddr, Port, PortError, PortInfo, PortQueue, check_queues};
 
@@ -163,6 +164,7 @@ pub(super) struct Shared {
     /// Sums of the counters that mean loss and errors, for queue 0.
     dropped: AtomicU64,
     errors: AtomicU64,
+    attempts: Attempts,
     /// New interrupt handles after a function-level reset.
     vectors: Mutex<Vec<Option<OwnedFd>>>,
 }
@@ -229,9 +231,12 @@ impl Shared {
         let started = self.try_restart();
         if let Err(error) = &started {
             self.note(Fault::Restart);
-            tracing::error!(port = %self.name, %error, "the device does not start again");
+            if let Some(attempts) = self.attempts.failed() {
+                tracing::error!(port = %self.name, %error, attempts, "the device does not start again");
+            }
             return false;
         }
+        self.attempts.worked();
         self.parked.store(0, Ordering::Release);
         // Fails only when the port was closed meanwhile.
         let next = phase.wrapping_add(1) % NO_PHASE;
@@ -405,6 +410,7 @@ impl IntelPort {
                 totals: Mutex::new(vec![0; counters]),
                 dropped: AtomicU64::new(0),
                 errors: AtomicU64::new(0),
+                attempts: Attempts::default(),
                 vectors: Mutex::new(Vec::new()),
             }),
         })

@@ -6,6 +6,8 @@ use crate::device::{Device, DeviceError};
 use crate::port::{Port, PortError};
 use crate::quiesce;
 
+pub(crate) mod attempts;
+
 /// What the operator wants of a NIC.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NicOptions {

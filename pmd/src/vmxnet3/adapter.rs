@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::device::{Device, DeviceError, DmaMem, Mmio, fence_release};
 use crate::nic::Link;
+use crate::nic::attempts::Attempts;
 use crate::port::MacAddr;
 
 use super::regs::*;
@@ -71,6 +72,7 @@ pub(super) struct Inner {
 pub(super) struct Adapter {
     /// Name of the port.
     pub(super) name: String,
+    pub(super) attempts: Attempts,
     pub(super) device: Arc<dyn Device>,
     /// BAR 0 and BAR 1.
     pub(super) data: Mmio,
@@ -119,6 +121,7 @@ impl Adapter {
     pub(super) fn new(parts: Parts) -> Adapter {
         Adapter {
             name: parts.name,
+            attempts: Attempts::default(),
             device: parts.device,
             data: parts.data,
             config: parts.config,
@@ -201,6 +204,7 @@ impl Adapter {
         let now = Instant::now();
         match started {
             Ok(()) => {
+                self.attempts.worked();
                 if inner.last_start.replace(now).is_some() {
                     self.restarts.fetch_add(1, Ordering::Relaxed);
                     tracing::warn!(port = %self.name, "device reset and running again");

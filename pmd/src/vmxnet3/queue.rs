@@ -79,7 +79,9 @@ impl Vmxnet3Queue {
             Ok(true) => {}
             Ok(false) => return false,
             Err(error) => {
-                tracing::error!(port = %self.adapter.name, %error, "vmxnet3 does not start");
+                if let Some(attempts) = self.adapter.attempts.failed() {
+                    tracing::error!(port = %self.adapter.name, %error, attempts, "vmxnet3 does not start");
+                }
                 return false;
             }
         }

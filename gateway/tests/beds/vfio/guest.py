@@ -9,7 +9,7 @@
         A NIC bound to vfio-pci: e1000e, igb, vmxnet3, virtio-net-pci (gets disable-legacy=on,iommu_platform=on).
         NICs with the same HUB (a small number) see each other's frames; the default is a hub of its own. `@tap:NAME`
         joins a TAP of the host instead, made before in the network namespace of this program or of `--netns`. `@bare:NAME` too, but
-        without checksums and segments left to do.
+        without checksums and segments left to do, and `@queues:NAME` with two queues.
     --device MODEL[,PROPERTY=VALUE…]   any other device bound to vfio-pci: edu, virtio-crypto-pci,cryptodev=…
     --peer HUB        a virtio NIC that the guest's kernel drives, on that hub (or tap:NAME, bare:NAME): eth0, eth1, … in the order
                       of the options
@@ -280,8 +280,8 @@ class Machine:
 
     def backend(self, name, where):
         kind, _, tap = where.partition(":")
-        if kind in ("tap", "bare"):
-            header = "" if kind == "tap" else ",vnet_hdr=off"
+        if kind in ("tap", "bare", "queues"):
+            header = {"tap": "", "bare": ",vnet_hdr=off", "queues": ",queues=2"}[kind]
             self.arguments += ["-netdev", f"tap,id={name},ifname={tap},script=no,downscript=no{header}"]
         else:
             self.arguments += ["-netdev", f"hubport,id={name},hubid={int(where)}"]
@@ -333,7 +333,7 @@ def boot_once(options, output):
             *(["ip", "netns", "exec", options.netns] if options.netns else []),
             *qemu, "-accel", "tcg,thread=multi", "-machine", "q35,kernel-irqchip=split", "-cpu", "max",
             "-smp", str(options.cpus), "-m", str(options.memory), "-nodefaults", "-no-user-config", "-display", "none",
-            "-no-reboot", "-serial", "stdio", "-kernel", str(vmlinuz), "-initrd", archive,
+            "-no-reboot", "-kernel", str(vmlinuz), "-initrd", archive,
             "-append", "console=ttyS0 quiet panic=-1 intel_iommu=on iommu=nopt tsc=reliable no_timer_check "
             # A tick that comes again and again: TCG now and then loses the interrupt of a timer that is set once.
             "nohz=off highres=off net.ifnames=0",
@@ -341,18 +341,22 @@ def boot_once(options, output):
         ]  # fmt: skip
         monitor, far = socket.socketpair()
         command += ["-chardev", f"socket,id=mon,fd={far.fileno()}", "-mon", "chardev=mon"]
-        stdin = None if options.shell else subprocess.DEVNULL
+        # Not QEMU's standard output, where its device models talk in the middle of the guest's lines.
+        console, end = socket.socketpair()
+        command += ["-chardev", f"socket,id=con,fd={end.fileno()}", "-serial", "stdio" if options.shell else "chardev:con"]
         guest = subprocess.Popen(
-            command, stdin=stdin, stdout=subprocess.PIPE, text=True, errors="replace", bufsize=1,
-            preexec_fn=end_with_parent, pass_fds=[far.fileno()],
+            command, stdin=None if options.shell else subprocess.DEVNULL, stdout=None if options.shell else subprocess.DEVNULL,
+            preexec_fn=end_with_parent, pass_fds=[far.fileno(), end.fileno()],
         )  # fmt: skip
         far.close()
+        end.close()
+        console = console.makefile("r", errors="replace", newline="\n")
         watchdog = threading.Timer(options.timeout, guest.kill)
         watchdog.start()
         lines, status = [], None
         silence = Silence(options.silence, guest.kill)
         try:
-            for line in guest.stdout:
+            for line in console:
                 silence.broken()
                 line = line.rstrip("\r\n")
                 lines.append(line)

@@ -12,7 +12,7 @@ ns() { n=$1; shift; $ip netns exec $n "$@"; }
 mac() { echo 52:54:00:00:$1; }
 
 # --- The site -----------------------------------------------------------------------------------------------
-# `udp=yes`: everything goes in ESP in UDP over IPv6.
+# `udp=yes`: everything goes in ESP in UDP over IPv6. `workers=2`: two of them, and two tunnels for each family.
 setup() {
     mkdir -p /run/netns /tmp/site
     # Room for all the jumbo replies of a flood, before ping has read them.
@@ -30,6 +30,7 @@ setup() {
     ns lan $ip addr add 10.1.0.2/24 dev eth0; ns lan $ip addr add fd01::2/64 dev eth0 nodad
     ns peer $ip addr add 192.0.2.2/24 dev eth1; ns peer $ip addr add fd00::2/64 dev eth1 nodad
     ns peer $ip addr add 10.2.0.1/32 dev lo; ns peer $ip addr add fd02::1/128 dev lo nodad
+    ns peer $ip addr add 10.2.128.1/32 dev lo; ns peer $ip addr add fd02:0:0:0:8000::1/128 dev lo nodad
     ns lan $ip route add 10.2.0.0/16 via 10.1.0.1; ns lan $ip -6 route add fd02::/64 via fd01::1
     ns peer $ip route add 10.1.0.0/24 via 192.0.2.1; ns peer $ip -6 route add fd01::/64 via fd00::1
     for a in 10.1.0.1 fd01::1; do ns lan $ip neigh add $a lladdr $(mac 01:01) dev eth0; done
@@ -38,7 +39,7 @@ setup() {
     cat > /tmp/site/gateway.toml <<END
 sa_files = ["sa.toml"]
 [workers]
-cpus = [0]
+cpus = [$(seq -s , 0 $((${workers:-1} - 1)))]
 [memory]
 frames = $frames
 stride = $([ $mtu -gt 1500 ] && echo 10240 || echo 2048)
@@ -96,6 +97,13 @@ END
 keys() {
     rm -f /tmp/site/sa.toml
     ns peer $ip xfrm state flush; ns peer $ip xfrm policy flush
+    if [ "$workers" ]; then
+        tunnel $1 four 192.0.2.1 192.0.2.2 10.1.0.0/24 10.2.0.0/17 4
+        tunnel $1 four-more 192.0.2.1 192.0.2.2 10.1.0.0/24 10.2.128.0/17 5
+        tunnel $1 six fd00::1 fd00::2 fd01::/64 fd02::/65 6
+        tunnel $1 six-more fd00::1 fd00::2 fd01::/64 fd02:0:0:0:8000::/65 7
+        return
+    fi
     if [ "$udp" ]; then
         tunnel $1 four fd00::1 fd00::2 10.1.0.0/24 10.2.0.0/16 4
     else
@@ -207,12 +215,16 @@ quiet() { killall -INT ping; wait $load4 $load6; }
 # All counters of now, for the account that the host side draws up between two marks.
 mark() {
     before=
-    while now="$(ns lan $ip -s -j link show eth0) $(ns peer $ip -s -j link show eth1)"; [ "$now" != "$before" ]; do
-        before=$now; sleep 1
+    # The gateway's are between two equal looks at the hosts'.
+    while stats=$($esplanade stats --json --socket /tmp/api.sock | tr -d ' \n')
+        now_lan=$(ns lan $ip -s -j link show eth0) now_peer=$(ns peer $ip -s -j link show eth1)
+        [ "$now_lan $now_peer" != "$before" ]
+    do
+        before="$now_lan $now_peer"; sleep 1
     done
-    echo "MARK $1 gateway $($esplanade stats --json --socket /tmp/api.sock | tr -d ' \n')"
-    echo "MARK $1 lan $(ns lan $ip -s -j link show eth0)"
-    echo "MARK $1 peer $(ns peer $ip -s -j link show eth1)"
+    echo "MARK $1 gateway $stats"
+    echo "MARK $1 lan $now_lan"
+    echo "MARK $1 peer $now_peer"
     ns peer $ip -s xfrm state list nokeys > /tmp/xfrm
     awk -v at="$1" '/spi 0x/ { spi = $4; sub(/\(.*/, "", spi) } / packets?\(s\)|\(packets\)/ && /^\t  [0-9]/ { split($2, n, "("); count = n[1] }
         /replay-window .* failed/ && spi != "" && /^\t  / { print "MARK " at " sa " spi " " count " " $2 " " $4 " " $6; spi = "" }' /tmp/xfrm

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::{CONFIG_STATUS, STATUS_LINK_UP, choose, format_of};
 use crate::device::{Device, DeviceError, DmaMem, IovaClass};
+use crate::nic::attempts::Attempts;
 use crate::nic::{Link, NicOptions};
 use crate::virtio::feature;
 use crate::virtio::pci::{Bell, Transport};
@@ -123,6 +124,7 @@ pub(super) struct Adapter {
     state: AtomicU64,
     closed: AtomicBool,
     inner: Mutex<Inner>,
+    attempts: Attempts,
     pub(super) counts: Counts,
 }
 
@@ -157,6 +159,7 @@ impl Adapter {
             control_memory,
             state: AtomicU64::new(0),
             closed: AtomicBool::new(false),
+            attempts: Attempts::default(),
             counts: Counts::default(),
         })
     }
@@ -305,6 +308,7 @@ impl Adapter {
         inner.failed = result.is_err();
         match result {
             Ok(()) => {
+                self.attempts.worked();
                 if !first {
                     self.counts.restarts.fetch_add(1, Relaxed);
                     tracing::warn!(port = %self.options.name, "device reset and running again");
@@ -314,7 +318,9 @@ impl Adapter {
             }
             Err(error) => {
                 self.counts.start_failed.fetch_add(1, Relaxed);
-                tracing::error!(port = %self.options.name, %error, "virtio-net does not start");
+                if let Some(attempts) = self.attempts.failed() {
+                    tracing::error!(port = %self.options.name, %error, attempts, "virtio-net does not start");
+                }
                 let _ = self.device.set_bus_master(false);
                 self.transport.halt();
                 false
