@@ -1,6 +1,7 @@
 //! From configured engines to opened ones.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use pmd::airoha::Block;
 use pmd::device::vfio::{Protection, VfioDevice};
@@ -71,6 +72,8 @@ impl OpenEngines {
             sample_out: one_in(config.verify),
             sample_in: one_in(config.verify),
             most_lost: config.max_lost.into(),
+            // The driver is to notice first.
+            deadline: config.deadline + Duration::from_secs(1),
             ..TrustConfig::new(&config.name, first_private)
         };
         let (again, memory) = (config.clone(), Arc::clone(arena));
@@ -113,6 +116,7 @@ fn driver(
         EngineType::Eip93(unknowns) => {
             let own = Eip93Config {
                 unknowns,
+                deadline: config.deadline,
                 ..Eip93Config::default()
             };
             Ok(Box::new(Eip93Engine::open(device, arena, own)?))
@@ -122,6 +126,7 @@ fn driver(
             let block = Block::new(&device, registers.as_ref(), plans, arena)?;
             let engine = block.engine(SoeConfig {
                 assume,
+                patience: config.deadline,
                 most_lost: config.max_lost.into(),
                 ..SoeConfig::default()
             })?;

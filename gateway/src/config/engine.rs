@@ -54,9 +54,22 @@ pub struct EngineTable {
     /// Lost packets, of 10 000 over a second, above which it is taken out of service.
     #[serde(default = "max_lost")]
     pub max_lost: u16,
+    /// Milliseconds after which a packet without a result is lost: 10 to 2000. 50 for an EIP-93, 1000 for an SOE and for models when not given.
+    pub deadline_ms: Option<u16>,
     /// What is not known of silicon, read otherwise than the safe way. For a first run on a board.
     #[serde(default)]
     pub assume: AssumeTable,
+}
+
+impl EngineTable {
+    fn deadline(&self) -> Duration {
+        let usual = match (self.kind, &self.device) {
+            (EngineKind::Eip93, Some(_)) => 50,
+            // A model shares the CPU with others.
+            _ => 1000,
+        };
+        Duration::from_millis(self.deadline_ms.unwrap_or(usual).into())
+    }
 }
 
 const fn verify() -> f64 {
@@ -157,6 +170,8 @@ pub struct EngineConfig {
     pub canary: Duration,
     /// Lost packets of 10 000 that are too many.
     pub max_lost: u16,
+    /// How long a packet may be in it.
+    pub deadline: Duration,
 }
 
 /// Checks all engines; those that are wrong are left out, with a problem each.
@@ -212,6 +227,12 @@ pub(super) fn check(
                 "\"canary_ms\" must lie in 10 to 3600000".into(),
             );
         }
+        if t.deadline_ms.is_some_and(|ms| !(10..=2000).contains(&ms)) {
+            wrong(
+                "deadline_ms",
+                "\"deadline_ms\" must lie in 10 to 2000".into(),
+            );
+        }
         if t.max_lost > 10_000 {
             wrong("max_lost", "\"max_lost\" must lie in 0 to 10000".into());
         }
@@ -258,6 +279,7 @@ pub(super) fn check(
                 verify: t.verify,
                 canary: Duration::from_millis(t.canary_ms.into()),
                 max_lost: t.max_lost,
+                deadline: t.deadline(),
             });
         }
     }

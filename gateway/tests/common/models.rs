@@ -33,6 +33,7 @@ fn serve(name: &str, kind: EngineType, knobs: Arc<Knobs>, model: Box<dyn Model>)
             verify: 1.0,
             canary: Duration::from_millis(100),
             max_lost: 100,
+            deadline: Duration::from_secs(1),
         },
         knobs,
         running,

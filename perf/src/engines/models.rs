@@ -74,6 +74,7 @@ fn serve(kind: Kind, args: &KnobArgs) -> Result<(EngineConfig, Modelled)> {
         verify: 0.0,
         canary: Duration::from_secs(1),
         max_lost: 100,
+        deadline: Duration::from_secs(1),
     };
     let model = Modelled {
         _running: running,
