@@ -113,6 +113,7 @@ impl IntelQueue {
 
     /// Begins anew with a device that was just initialised.
     fn begin(&mut self, phase: u32, pool: &mut Pool) {
+        self.stats.tx_errors.add(self.tx.unsent().into());
         // SAFETY: the device was reset and initialised with empty rings before the phase became `phase`, and this queue has
         // given it nothing since.
         unsafe {
@@ -248,6 +249,7 @@ impl PortQueue for IntelQueue {
             self.shared.quiesce();
         }
         if self.shared.is_safe() {
+            self.stats.tx_errors.add(self.tx.unsent().into());
             // SAFETY: bus-master is off, or the device's transfers are over and it was told to start no more.
             unsafe {
                 self.rx.reclaim(pool);

@@ -237,6 +237,8 @@ pub(super) struct TxRing {
     /// Whether checksums may be left to the device, and whether it has been told where they lie.
     checksums: bool,
     told: bool,
+    /// Completions with which the frame in the context descriptor's slot is back.
+    told_until: u64,
     tail: Doorbell,
 }
 
@@ -276,6 +278,7 @@ impl TxRing {
             format,
             checksums,
             told: false,
+            told_until: 0,
             tail,
         })
     }
@@ -288,6 +291,12 @@ impl TxRing {
     /// Descriptors that the device has.
     pub(super) fn pending(&self) -> u32 {
         self.slots.held()
+    }
+
+    /// Frames that the device has not sent.
+    pub(super) fn unsent(&self) -> u32 {
+        let context = self.told && self.completed < self.told_until;
+        self.slots.held() - u32::from(context)
     }
 
     /// Descriptors completed since the start.
@@ -346,6 +355,7 @@ impl TxRing {
                 let [first, second] = self.format.tx_context;
                 self.mem.write64(at(slot), first);
                 self.mem.write64(at(slot) + 8, second);
+                self.told_until = self.completed + u64::from(self.slots.held());
                 true
             }
             Err(frame) => {

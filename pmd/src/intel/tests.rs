@@ -320,6 +320,8 @@ fn a_reset_asked_for_takes_all_queues_and_loses_no_frame() {
         assert!(bed.model.resets() > resets);
         for queue in [0, 1] {
             bed.poll(queue);
+            let lost = if queue == 0 { 2 } else { 0 };
+            assert_eq!(bed.queues[queue].stats().tx_errors.value(), lost);
             assert!(bed.model.receive(queue, &frame(64, 9), 2048));
             assert_eq!(bed.poll(queue), [frame(64, 9)], "{family:?}");
             bed.send(queue, &[frame(64, 8)]);
