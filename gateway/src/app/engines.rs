@@ -18,8 +18,8 @@ use sa_store::sa::SaId;
 use sa_store::snapshot::Snapshot;
 
 use crate::config::{EngineAt, EngineConfig, EngineType};
-use crate::engine::Desk;
 use crate::engine::trust::{EngineWatch, TrustClock, TrustConfig, Trusted};
+use crate::engine::{Desk, Split};
 
 /// Frames in stock for canaries.
 const FRAMES: usize = 16;
@@ -65,7 +65,7 @@ impl OpenEngines {
         ciphers: &Arc<dyn CipherFactory>,
         first_private: u32,
     ) -> Result<(), EngineOpenError> {
-        let engine = driver(config, arena)?;
+        let engine = Split::around(driver(config, arena)?);
         tracing::info!(engine = %config.name, kind = engine.capabilities().name, worker = config.worker, "engine open");
         let trust = TrustConfig {
             canaries: config.canary,
@@ -84,7 +84,8 @@ impl OpenEngines {
             Arc::clone(ciphers),
             TrustClock::real(),
             Some(Box::new(move || {
-                driver(&again, &memory).map_err(|e| e.to_string())
+                let engine = driver(&again, &memory).map_err(|e| e.to_string())?;
+                Ok(Split::around(engine))
             })),
         )?;
         self.watches.push(trusted.watch());

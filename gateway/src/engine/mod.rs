@@ -7,9 +7,11 @@ mod fit;
 pub mod parallel;
 mod park;
 mod software;
+mod split;
 pub mod trust;
 
 pub use bank::{Bank, WAITING};
 pub use desk::{Desk, DeskError};
 pub use park::Park;
 pub use software::SoftwareEngine;
+pub use split::Split;

@@ -326,6 +326,33 @@ fn slots_run_out_rest_and_never_carry_another_sa_by_mistake() {
 }
 
 #[test]
+fn with_one_request_a_doorbell_the_results_are_those_of_the_batch_byte_for_byte() {
+    let suite = every_suite()[0];
+    let run = |batch| {
+        let mut config = calm();
+        config.assume.batch = batch;
+        let mut rig = Rig::new(config);
+        assert_eq!(rig.engine.capabilities().run == 1, !batch);
+        let inb = rig.add(sa(Direction::In, suite, None));
+        let packets: Vec<Vec<u8>> = (1..=500u32)
+            .map(|n| inb.seal(&inner(u16::try_from(40 + n * 2).unwrap(), n), n))
+            .collect();
+        let before = rig.doorbells();
+        let ended = rig.each(&inb, &packets, Duration::from_secs(60));
+        let bells = rig.doorbells() - before;
+        let results = ended.into_iter().map(|e| (e.tag, e.seq, e.status, e.bytes));
+        let results: Vec<_> = results.collect();
+        rig.end(0);
+        (results, bells)
+    };
+    let (batched, few) = run(true);
+    let (split, many) = run(false);
+    assert!(batched.iter().all(|r| r.2 == JobStatus::Done));
+    assert!(batched == split, "other results, or another order");
+    assert!(many >= 500 && few < many, "{few} and {many} doorbells");
+}
+
+#[test]
 fn a_hundred_thousand_packets_come_back_and_every_frame_is_home() {
     let suite = every_suite()[0];
     let mut rig = Rig::new(calm());
