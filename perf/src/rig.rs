@@ -247,16 +247,20 @@ impl Rig {
         let ready = AtomicU64::new(0);
         let all = self.lanes.len() as u64;
         let (clock, counters) = (&self.clock, &self.counters);
+        // The first worker where packets are written, as it is without others.
+        let own = machine::pinned();
+        let others = machine::allowed().iter().filter(|cpu| Some(**cpu) != own);
+        let cpus: Vec<usize> = own.iter().chain(others).copied().collect();
         let done = || counters.iter().map(|c| c.sent.value()).sum::<u64>() >= target;
         std::thread::scope(|scope| {
             let threads: Vec<_> = self
                 .lanes
                 .iter_mut()
-                .enumerate()
-                .map(|(cpu, lane)| {
+                .zip(cpus.iter().cycle())
+                .map(|(lane, cpu)| {
                     let (ready, done) = (&ready, &done);
                     scope.spawn(move || {
-                        machine::pin(Some(cpu));
+                        machine::pin(Some(*cpu));
                         // The last to come starts all; nobody else needs a CPU for it.
                         ready.fetch_add(1, Ordering::AcqRel);
                         while ready.load(Ordering::Acquire) != all {

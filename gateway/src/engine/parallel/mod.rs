@@ -9,7 +9,7 @@
 //!
 //! - Small loads stay on the owner: pieces are given away only while bursts have been full several times in a row, and only
 //!   of SAs whose packets are worth the way. A worker that is under pressure itself is not asked for help.
-//! - A helper has at most [`DEPTH`](owner::DEPTH) pieces of an owner. What goes beyond, the owner ciphers itself: it never waits.
+//! - A helper has about a burst of an owner's jobs at most. What goes beyond, the owner ciphers itself: it never waits.
 //! - In flight is what fits into a bounded number of pieces; then jobs stay in the caller's vector. It takes a helper whose CPU
 //!   is taken away for many milliseconds in the middle of a piece; workers are best alone on their CPUs.
 //! - A piece holds its SA's entry, so that it does not matter which snapshot a helper has, nor whether the SA has been

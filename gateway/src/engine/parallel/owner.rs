@@ -18,8 +18,10 @@ use super::piece::{LEAST, Parcel, Piece, least_bytes, length_for};
 use crate::engine::SoftwareEngine;
 use crate::worker::Waker;
 
-/// Pieces of one owner that a helper has at once: enough for it to be busy until the owner comes round again.
-pub(super) const DEPTH: usize = 8;
+/// Jobs of one owner that a helper has at once, and one piece more: enough for it to be busy until the owner comes round again.
+const DEPTH: usize = BURST;
+/// Pieces that may be: each has a job at least, most have [`LEAST`].
+const PIECES: usize = DEPTH / LEAST + 1;
 /// Pieces that wait at the owner for a helper. Beyond, the owner ciphers the oldest.
 const BACKLOG: usize = 2;
 /// SAs at once.
@@ -37,6 +39,8 @@ pub(super) struct Desk {
     back: Consumer<Parcel>,
     left: Arc<Left>,
     /// Pieces on both rings and in the helper's hands.
+    pieces: usize,
+    /// Jobs in them.
     away: usize,
     /// Something was put down since the helper was last woken.
     called: bool,
@@ -46,8 +50,8 @@ pub(super) struct Desk {
 impl Desk {
     /// A desk, and its other side.
     pub(super) fn with_post(helper: usize) -> (Self, Post) {
-        let (tasks, from_owner) = RingBuffer::new(DEPTH);
-        let (to_owner, back) = RingBuffer::new(DEPTH);
+        let (tasks, from_owner) = RingBuffer::new(PIECES);
+        let (to_owner, back) = RingBuffer::new(PIECES);
         let left = Arc::<Left>::default();
         let post = Post::new(from_owner, to_owner, Arc::clone(&left));
         let desk = Self {
@@ -55,6 +59,7 @@ impl Desk {
             tasks,
             back,
             left,
+            pieces: 0,
             away: 0,
             called: false,
             ended: false,
@@ -97,7 +102,7 @@ impl ParallelEngine {
         let local = SoftwareEngine::default();
         let pieces = match desks.len() {
             0 => 0,
-            helpers => helpers * DEPTH + SPARE,
+            helpers => helpers * PIECES + SPARE,
         };
         Self {
             capabilities: Capabilities {
@@ -133,14 +138,15 @@ impl ParallelEngine {
         } = self;
         for desk in desks {
             let mut home = |desk: &mut Desk, parcel: Parcel| {
-                desk.away = desk.away.saturating_sub(1);
+                desk.pieces = desk.pieces.saturating_sub(1);
+                desk.away = desk.away.saturating_sub(parcel.jobs.len());
                 stats.completed.add(parcel.jobs.len() as u64);
                 let (lane, order) = (parcel.lane, parcel.order);
                 if let Some(lane) = lanes.get_mut(lane) {
                     lane.replace(order, Slot::Ready(parcel));
                 }
             };
-            if desk.away == 0 {
+            if desk.pieces == 0 {
                 continue;
             }
             while let Ok(parcel) = desk.back.pop() {
@@ -191,6 +197,7 @@ impl ParallelEngine {
         while let Some(&(lane, order)) = waiting.front() {
             let free = |desk: &&mut Desk| {
                 desk.away < DEPTH
+                    && desk.pieces < PIECES
                     && !desk.ended
                     && !pressure.get(desk.helper).is_some_and(Pressure::is_on)
             };
@@ -204,13 +211,14 @@ impl ParallelEngine {
             let Some(Slot::Waiting(parcel)) = lane.replace(order, Slot::Away) else {
                 continue;
             };
-            let jobs = parcel.jobs.len() as u64;
+            let jobs = parcel.jobs.len();
             let bytes = parcel.jobs.iter().map(bytes_of).sum::<usize>() as u64;
             match desk.tasks.push(parcel) {
                 Ok(()) => {
-                    desk.away += 1;
+                    desk.pieces += 1;
+                    desk.away += jobs;
                     desk.called = true;
-                    stats.submitted.add(jobs);
+                    stats.submitted.add(jobs as u64);
                     stats.bytes.add(bytes);
                     stats.doorbells.add(1);
                 }

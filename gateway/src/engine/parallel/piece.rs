@@ -9,7 +9,7 @@ use sa_store::runtime::SaEntry;
 use sa_store::suite::Suite;
 
 /// Most jobs in a piece: what providers cipher side by side.
-pub(super) const MOST: usize = 16;
+pub(super) const MOST: usize = 32;
 /// Jobs in a piece where providers cipher one by one: enough to spread the cost of a ring over, few enough to share a burst.
 pub(super) const LEAST: usize = 8;
 
