@@ -168,6 +168,36 @@ fn another_workers_sa_reaches_the_engine_by_rings() {
 }
 
 #[test]
+fn a_hard_limit_is_exact_on_every_engine() {
+    for (model, offload) in [
+        (models::eip93(), OffloadMode::Crypto),
+        (models::eip93(), OffloadMode::Packet),
+        (models::soe(), OffloadMode::Packet),
+    ] {
+        let name = model.config.name.clone();
+        let limited = |s: &mut SaSpec| {
+            if s.name == "l2r" {
+                s.hard.packets = Some(100);
+            }
+            if s.engine.as_deref() == Some("soe0") {
+                s.replay_window = 64;
+            }
+        };
+        let mut r = rig(At::Left, model, CBC, offload, limited, 1);
+        let burst: Vec<_> = (0..50)
+            .map(|i| udp("10.1.0.1", "10.2.0.1", 64, &[i; 100]))
+            .collect();
+        let mut got = 0;
+        for _ in 0..3 {
+            r.bed.send_left(&burst);
+            got += r.bed.settle().1.len();
+        }
+        assert_eq!(got, 100, "{name} {offload:?}");
+        assert_eq!(r.bed.dropped(true), [(DropReason::HardPackets, 50)]);
+    }
+}
+
+#[test]
 fn fragments_are_refused_in_packet_mode() {
     let mut r = rig(
         At::Left,

@@ -389,7 +389,50 @@ def gone(world, program, bed):
     if flow.sent - flow.got != lost or engine_of(left)["submitted"] < before + 2000:
         raise Failed(f"{flow.sent} sent, {flow.got} arrived, {lost} lost before; {engine_of(left)}")
     end(left.process)
-    return f"{lost} packets lost with the engine, 1000 more came with the CPU after {without:.1f} s, and it came back to service"
+    pair.gateways["right"].stop()
+    numbers = gone_with_numbers(world, program, bed)
+    return f"{lost} packets lost with the engine, 1000 more came with the CPU after {without:.1f} s, and it came back to service; {numbers}"
+
+
+def gone_with_numbers(world, program, bed):
+    """An SOE takes its SAs' numbers with it: nobody else may go on under their keys."""
+    pair = Pair(world, program, "numbers")
+    process, path = bed.serve(world, "soe", "numbers")
+    material, engine = keys(CBC), ("soe", "packet")
+    pair.start("right", config(pair, "right"), sas("right", CBC, material, 0x3000, None) + policies("right"))
+    pair.start("left", config(pair, "left", path, "soe"), sas("left", CBC, material, 0x3000, engine) + policies("left"))
+    flow, left = Flow(pair, "left"), pair.gateways["left"]
+    flow.run(2000)
+    flow.settle()
+    flow.whole()
+    process.kill()
+    process.wait()
+    flow.run(1)
+    wait_for("the engine to be missed", lambda: engine_of(left)["state"] != "serving")
+    got = flow.got
+    flow.run(100)
+    flow.settle(0.5)
+    if flow.got != got or "engine_lost" not in str(left.ask("sa", "list")):
+        raise Failed(f"{flow.got - got} packets went on under a key whose numbers are lost; {left.ask('sa', 'list')}")
+    bed.serve(world, "soe", "numbers")
+    wait_for("the engine to come back", lambda: engine_of(left)["state"] == "serving", 60)
+    material = keys(CBC)
+    for side, who in (("right", None), ("left", engine)):
+        gateway = pair.gateways[side]
+        private_file(gateway.dir / "new.toml", sas(side, CBC, material, 0x4000, who) + policies(side))
+        (gateway.dir / "new.toml").rename(gateway.dir / "sa.toml")
+    before = engine_of(left)["submitted"]
+
+    def again():
+        flow.run(1)
+        flow.settle(0.2)
+        return flow.got - got >= 10
+
+    wait_for("packets under the new key", again)
+    wait_for("the engine's counts", lambda: engine_of(left)["submitted"] >= before + 10)
+    end(left.process)
+    pair.gateways["right"].stop()
+    return "an SOE's SA stopped with it and had a successor"
 
 
 def main():
