@@ -58,7 +58,7 @@ pub fn pre(p: &Parsed, plan: &InPlan) -> Result<DecapPre, DropReason> {
 ///
 /// # Errors
 /// `BadPadding`, `BadNextHeader`, `InnerMalformed`, `EcnInvalid`. The frame's content is then unspecified.
-#[inline]
+#[inline(always)]
 pub fn post(
     frame: &mut Frame,
     tos: u8,
@@ -85,6 +85,8 @@ pub struct Bare {
 ///
 /// # Errors
 /// Those of [`post`].
+#[cold]
+#[inline(never)]
 pub fn bare(
     frame: &mut Frame,
     tos: u8,

@@ -2,6 +2,7 @@
 
     through   both directions through an engine of one gateway, the other with its CPU or another engine: every packet comes out,
               in order within its flow, and every frame is accounted for
+    scapy     every suite, mode and direction of each engine against scapy's IPsec layer
     rekey     keys change while packets flow through an engine, the new SA first inbound, then outbound: none is lost
     restart   SIGKILL while an engine seals, and a new start each time: no nonce is seen twice outside. An SA whose numbers the
               engine keeps stands still after it, and says so, until it has a successor
@@ -20,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "peers/lib"))
 
+import by_scapy
 from gateway import Gateway
 from netns import Failed, World, end, mac, private_file, run_cases, wait_for
 from packets import raw_socket, udp_frame
@@ -86,13 +88,13 @@ def policies(side, name="t", third=""):
     return both_ways(name, f"{own}.{third or '0'}.0/24", f"{far}.{third or '0'}.0/24", name)
 
 
-def config(pair, side, socket_path=None, kind=None):
+def config(pair, side, socket_path=None, kind=None, networks=1):
     """A gateway, with an engine or without."""
     own, far = NETS[side], NETS[OTHER[side]]
     text = "[memory]\nframes = 32768\n" + pair.wan(side)
     text += f'[[port]]\nname = "lan"\nkind = "af_xdp"\nside = "inside"\naddresses = ["{own}.0.1/16"]\n'
     text += f'[[route]]\nto = "{far}.0.0/16"\nvia = "{OUTER[OTHER[side]]}"\n'
-    for third in (0, 1):
+    for third in range(networks):
         text += f'[[neighbour]]\nip = "{own}.{third}.2"\nmac = "{mac(pair.host(side), "eth0")}"\nport = "lan"\n'
     if kind:
         text += f'[[engine]]\nname = "e0"\nkind = "{kind}"\nsocket = "{socket_path}"\n'
@@ -202,6 +204,12 @@ def through(world, program, bed):
     """All couples."""
     told = [couple(world, bed, program, name, *ends) for name, ends in COUPLES.items()]
     return "; ".join(told) + ": all arrived in order, none dropped"
+
+
+def scapy(world, program, bed):
+    """An independent implementation."""
+    told = [by_scapy.interop(world, program, bed, kind, sys.modules[__name__]) for kind in ("eip93", "soe")]
+    return ", ".join(told) + f", {len(by_scapy.SIZES)} packets each way: scapy opens what they seal, they open what scapy seals"
 
 
 def rekey(world, program, bed):
@@ -445,7 +453,7 @@ def main():
     parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="of the moments of death")
     args = parser.parse_args()
     bed = Bed(args.model.resolve(), args.packets, args.seed)
-    cases = {c.__name__: lambda w, p, c=c: c(w, p, bed) for c in (through, rekey, restart, gone)}
+    cases = {c.__name__: lambda w, p, c=c: c(w, p, bed) for c in (through, scapy, rekey, restart, gone)}
     if args.only:
         cases = {args.only: cases[args.only]}
     with World("esplanade-engines", args.keep) as world:
