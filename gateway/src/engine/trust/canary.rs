@@ -64,6 +64,8 @@ pub(super) struct Canaries {
     perches: Vec<Perch>,
     /// First SA index that is ours.
     first: u32,
+    /// Most pairs at once: the engine's slots are the traffic's.
+    pairs: usize,
     generation: u32,
     next: usize,
     due: u64,
@@ -71,16 +73,29 @@ pub(super) struct Canaries {
     lost_in_a_row: u32,
 }
 
+/// Pairs of canaries for an engine with these capabilities.
+pub(super) fn pairs(caps: &Capabilities) -> usize {
+    let kinds = caps.crypto.len() + caps.packet.len();
+    if caps.slots <= FEW_SLOTS {
+        kinds.min(2)
+    } else {
+        kinds
+    }
+}
+
+/// An engine with so few slots has them for traffic.
+const FEW_SLOTS: usize = 64;
 /// Inner lengths run through these.
 const SHORTEST: u16 = 40;
 const LONGEST: u16 = 1280;
 
 impl Canaries {
-    /// SAs get indexes from `first` on.
-    pub(super) fn new(first: u32, interval: u64, now: u64) -> Canaries {
+    /// SAs get indexes from `first` on; there are at most so many `pairs` of them.
+    pub(super) fn new(first: u32, pairs: usize, interval: u64, now: u64) -> Canaries {
         Canaries {
             perches: Vec::new(),
             first,
+            pairs,
             generation: 0,
             next: 0,
             due: now,
@@ -214,10 +229,11 @@ impl Canaries {
         let first = self.first + 2 * u32::from(place);
         self.generation = self.generation.wrapping_add(1);
         let generation = self.generation;
+        let full = self.perches.iter().filter(|p| p.pair.is_some()).count() >= self.pairs;
         let Some(perch) = self.perches.get_mut(usize::from(place)) else {
             return Vec::new();
         };
-        if perch.pair.is_none() && !perch.barred {
+        if perch.pair.is_none() && !perch.barred && !full {
             perch.pair = settle(perch, first, generation, engine);
             perch.barred = perch.pair.is_none();
         }

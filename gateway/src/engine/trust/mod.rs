@@ -212,7 +212,13 @@ impl Trusted {
         clock: TrustClock,
         reopen: Option<Reopen>,
     ) -> std::io::Result<Trusted> {
-        let caps = engine.capabilities().clone();
+        let mut caps = engine.capabilities().clone();
+        let pairs = match config.canaries {
+            Duration::ZERO => 0,
+            _ => canary::pairs(&caps),
+        };
+        // Known answers need one at a time.
+        caps.slots = caps.slots.saturating_sub((2 * pairs).max(1));
         let stats = engine.stats().cloned();
         let drivers = Drivers::default();
         drivers.add(stats.as_ref());
@@ -241,7 +247,7 @@ impl Trusted {
             samples: Samples::new(places),
             draw_out: Draw::new(config.sample_out, seed),
             draw_in: Draw::new(config.sample_in, !seed),
-            canaries: Canaries::new(first + 2, nanos(config.canaries), now),
+            canaries: Canaries::new(first + 2, pairs, nanos(config.canaries), now),
             losses: Losses::new(now),
             suspect: None,
             trust: Arc::default(),

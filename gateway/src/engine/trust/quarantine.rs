@@ -195,7 +195,7 @@ impl Trusted {
         self.trust.resets.add(1);
         self.trust.set_state(EngineState::Recovering);
         self.service.post = Post::Away;
-        if let Err(engine) = self.workshop.send(engine) {
+        if let Err(engine) = self.workshop.send(engine, std::mem::take(&mut self.gone)) {
             self.give_up(Some(engine), "there is no thread to reset it");
         }
     }
@@ -244,8 +244,11 @@ impl Trusted {
             engine,
             jobs,
             outcome,
+            mut gone,
             anew,
         } = courier;
+        // Nobody removes them when the reset fails.
+        self.gone.append(&mut gone);
         if anew {
             self.sas.reinstall();
             self.gone.clear();

@@ -6,6 +6,8 @@ use std::time::Duration;
 use pmd::Pool;
 use pmd::engine::{EspEngine, EspJob};
 
+use sa_store::sa::SaId;
+
 use super::known;
 
 /// The engine on its way to the thread or back.
@@ -15,6 +17,8 @@ pub(super) struct Courier {
     pub(super) jobs: Vec<EspJob>,
     /// What failed, if anything did.
     pub(super) outcome: Result<(), String>,
+    /// SAs to be removed first, so that those of the checks find room.
+    pub(super) gone: Vec<SaId>,
     /// It was opened anew and knows no SA.
     pub(super) anew: bool,
 }
@@ -62,11 +66,16 @@ impl Workshop {
     }
 
     /// Sends an engine to be reset; back when there is no thread any more.
-    pub(super) fn send(&self, engine: Box<dyn EspEngine>) -> Result<(), Box<dyn EspEngine>> {
+    pub(super) fn send(
+        &self,
+        engine: Box<dyn EspEngine>,
+        gone: Vec<SaId>,
+    ) -> Result<(), Box<dyn EspEngine>> {
         let courier = Courier {
             engine,
             jobs: Vec::new(),
             outcome: Ok(()),
+            gone,
             anew: false,
         };
         self.to.send(courier).map_err(|e| e.0.engine)
@@ -100,7 +109,11 @@ fn restore(
     reopen: Option<&mut Reopen>,
 ) -> Result<(), String> {
     let Courier {
-        engine, jobs, anew, ..
+        engine,
+        jobs,
+        gone,
+        anew,
+        ..
     } = courier;
     if let Err(error) = engine.reset(jobs) {
         let reopen = reopen.ok_or_else(|| error.to_string())?;
@@ -112,6 +125,7 @@ fn restore(
         *engine = fresh;
         *anew = true;
     }
+    gone.drain(..).for_each(|sa| engine.remove(sa));
     prove(&mut **engine, jobs, bench)
 }
 

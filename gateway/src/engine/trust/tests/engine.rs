@@ -24,6 +24,8 @@ pub(super) enum Fault {
     Icv,
     /// The IV of the packet before.
     SameIv,
+    /// An IV of its own, where the caller made it.
+    NewIv,
     /// Another SPI.
     Spi,
     /// The number of the packet before.
@@ -51,11 +53,12 @@ pub(super) enum Fault {
 }
 
 impl Fault {
-    pub(super) const ALL: [Fault; 16] = [
+    pub(super) const ALL: [Fault; 17] = [
         Fault::Right,
         Fault::Body,
         Fault::Icv,
         Fault::SameIv,
+        Fault::NewIv,
         Fault::Spi,
         Fault::SameNumber,
         Fault::FarNumber,
@@ -91,6 +94,10 @@ pub(super) struct Script {
     /// Those that were at any time.
     pub(super) ever: Vec<SaId>,
     pub(super) resets: u32,
+    /// SAs that it has room for.
+    pub(super) slots: Option<usize>,
+    /// It has no packet mode.
+    pub(super) crypto_only: bool,
 }
 
 pub(super) type Shared = Arc<Mutex<Script>>;
@@ -119,16 +126,24 @@ pub(super) struct TestEngine {
 impl TestEngine {
     /// `bare`: it makes outer headers and counts itself, and forgets all SAs in a reset.
     pub(super) fn new(first: u32, bare: bool, suites: &[Suite], script: &Shared) -> TestEngine {
+        let (slots, packet) = {
+            let script = script.lock().unwrap();
+            let packet = match script.crypto_only {
+                true => Vec::new(),
+                false => suites.to_vec(),
+            };
+            (script.slots.unwrap_or(128), packet)
+        };
         TestEngine {
             caps: Capabilities {
                 name: "test",
                 in_flight: 256,
                 crypto: if bare { Vec::new() } else { suites.to_vec() },
-                packet: suites.to_vec(),
+                packet,
                 outer_headers: bare,
                 renumbers: !bare,
                 window: 64,
-                slots: 64,
+                slots,
                 longest: 2000,
                 run: 64,
                 ..Capabilities::default()
@@ -215,6 +230,7 @@ impl Sa {
             Fault::Spi => esp[2] ^= 1,
             Fault::SameNumber => esp[4..8].copy_from_slice(&self.last_number.to_be_bytes()),
             Fault::FarNumber => esp[4] ^= 0x80,
+            Fault::NewIv => esp[iv.start] ^= 0x40,
             Fault::SameIv if !self.last_iv.is_empty() => {
                 esp[iv.clone()].copy_from_slice(&self.last_iv);
             }
@@ -330,6 +346,12 @@ impl EspEngine for TestEngine {
                 engine: "test",
                 sa: sa.spec.name.clone(),
                 reason: "it has carried packets".into(),
+            });
+        }
+        if self.sas.len() >= self.caps.slots {
+            return Err(Refusal::NoSlot {
+                engine: "test",
+                sa: sa.spec.name.clone(),
             });
         }
         let carried = Sa {

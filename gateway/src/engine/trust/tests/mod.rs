@@ -433,6 +433,21 @@ fn an_engine_without_the_known_answers_never_begins() {
 }
 
 #[test]
+fn an_engine_that_opens_whatever_comes_never_begins() {
+    for crypto_only in [false, true] {
+        let script = Script {
+            private: Some(Fault::Gullible),
+            crypto_only,
+            ..Script::default()
+        };
+        let mut rig = Rig::new(!crypto_only, config(), script);
+        rig.healed();
+        assert_eq!(rig.state(), (EngineState::Quarantined, Reason::KnownAnswer));
+        rig.end();
+    }
+}
+
+#[test]
 fn an_sa_that_was_never_given_is_nobodys() {
     let mut rig = Rig::new(false, config(), Script::default());
     let out = rig.add(gcm(), Direction::Out, OffloadMode::Crypto);

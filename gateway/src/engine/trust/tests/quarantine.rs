@@ -13,6 +13,7 @@ fn serving(rig: &mut Rig) {
 fn one_wrong_answer_decides_at_once_and_does_not_leave() {
     let crypto = [
         (Fault::SameIv, Reason::Iv),
+        (Fault::NewIv, Reason::Iv),
         (Fault::Spi, Reason::Header),
         (Fault::SameNumber, Reason::Header),
         (Fault::FarNumber, Reason::Header),
@@ -32,12 +33,12 @@ fn one_wrong_answer_decides_at_once_and_does_not_leave() {
         (Fault::Sa, Reason::Stranger),
     ];
     let cases = [
-        (false, OffloadMode::Crypto, crypto),
-        (false, OffloadMode::Packet, packet),
-        (true, OffloadMode::Packet, packet),
+        (false, OffloadMode::Crypto, &crypto[..]),
+        (false, OffloadMode::Packet, &packet),
+        (true, OffloadMode::Packet, &packet),
     ];
     for (bare, mode, list) in cases {
-        for (fault, reason) in list {
+        for &(fault, reason) in list {
             let mut rig = Rig::new(bare, config(), Script::default());
             let out = rig.sa(gcm(), Direction::Out, mode);
             rig.send(out, 2);
@@ -117,6 +118,27 @@ fn with_full_verification_nothing_wrong_is_delivered_in_either_direction() {
             }
         }
     }
+}
+
+#[test]
+fn with_full_verification_packets_wait_for_a_place() {
+    let full = TrustConfig {
+        sample_out: 1,
+        sample_places: 3,
+        ..config()
+    };
+    let mut rig = Rig::new(false, full, Script::default());
+    let out = rig.sa(gcm(), Direction::Out, OffloadMode::Crypto);
+    rig.send(out, 10);
+    assert_eq!((rig.jobs.len(), rig.trusted().in_flight()), (7, 3));
+    let mut got = rig.take();
+    while !rig.jobs.is_empty() {
+        rig.submit();
+        got.append(&mut rig.take());
+    }
+    assert_eq!(got, all(1..=10, JobStatus::Done));
+    assert_eq!(rig.trust.samples.value(), 10);
+    rig.end();
 }
 
 #[test]
@@ -219,6 +241,40 @@ fn every_suite_and_mode_in_use_has_its_canaries_in_turn() {
     rig.remove(third);
     assert_eq!(rig.trust.canaries.value(), 10);
     rig.end();
+}
+
+#[test]
+fn an_engine_that_is_full_has_room_for_its_checks() {
+    for bare in [false, true] {
+        let mode = match bare {
+            true => OffloadMode::Packet,
+            false => OffloadMode::Crypto,
+        };
+        let few = Script {
+            slots: Some(32),
+            ..Script::default()
+        };
+        let mut rig = Rig::new(bare, config(), few);
+        let slots = rig.trusted().capabilities().slots;
+        assert_eq!(slots, 32 - 4);
+        for n in 0..slots {
+            let suite = [gcm(), cbc()][n % 2];
+            rig.sa(suite, Direction::In, mode);
+        }
+        for _ in 0..4 {
+            rig.later(SECOND);
+        }
+        assert_eq!(rig.trust.canaries.value(), 8);
+        rig.script().ill = true;
+        rig.later(0);
+        serving(&mut rig);
+        for _ in 0..8 {
+            rig.later(SECOND);
+        }
+        assert!(rig.trust.canaries.value() > 16);
+        assert_eq!(rig.script().installed.len(), 32);
+        rig.end();
+    }
 }
 
 #[test]
