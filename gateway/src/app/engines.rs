@@ -23,6 +23,9 @@ use crate::engine::{Desk, Split};
 
 /// Frames in stock for canaries.
 const FRAMES: usize = 16;
+/// What an operation of an EIP-93's bring-up may take. Nobody waits for it once packets flow, and a model is a process that the
+/// system may keep waiting.
+const BRING_UP: Duration = Duration::from_secs(1);
 
 /// Why an engine could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -118,6 +121,7 @@ fn driver(
             let own = Eip93Config {
                 unknowns,
                 deadline: config.deadline,
+                bring_up: BRING_UP,
                 ..Eip93Config::default()
             };
             Ok(Box::new(Eip93Engine::open(device, arena, own)?))
