@@ -156,10 +156,8 @@ impl Inbound {
                 );
                 continue;
             }
-            let place = entry.fixed.place;
-            if place.engine != 0 && !shared.bank.has_room(place.engine) {
-                entry.live.counters.engine.add(1);
-                shared.drop(frame, DropReason::EngineBusy);
+            if entry.fixed.place.engine != 0 {
+                open_on_engine(shared, entry, frame, info);
                 continue;
             }
             match admit(entry, &info.p, shared.now) {
@@ -175,15 +173,9 @@ impl Inbound {
                         esp_end: info.p.l3_len,
                         next_header: 0,
                         kind: JobKind::Open,
-                        mode: place.mode,
+                        mode: OffloadMode::Software,
                         status: JobStatus::Pending,
                     });
-                    if place.engine != 0
-                        && let Some(job) = self.jobs.pop()
-                        && let Err(job) = shared.bank.stage(place.engine, job)
-                    {
-                        shared.drop(job.frame, DropReason::EngineBusy);
-                    }
                 }
                 Err(reason) => {
                     shared.audit(reason, &frame, &info.p, None);
@@ -527,6 +519,42 @@ fn admit(entry: &SaEntry, p: &Parsed, now: u64) -> Result<(DecapPre, u64), DropR
     }
 }
 
+/// The rest of a look-up for an SA whose packets an engine opens.
+#[inline(never)]
+fn open_on_engine(shared: &mut Shared, entry: &SaEntry, frame: Frame, info: &Info) {
+    let place = entry.fixed.place;
+    if !shared.bank.has_room(place.engine) {
+        entry.live.counters.engine.add(1);
+        shared.drop(frame, DropReason::EngineBusy);
+        return;
+    }
+    let (pre, seq) = match admit(entry, &info.p, shared.now) {
+        Ok(admitted) => admitted,
+        Err(reason) => {
+            shared.audit(reason, &frame, &info.p, None);
+            shared.drop(frame, reason);
+            return;
+        }
+    };
+    let job = EspJob {
+        frame,
+        sa: entry.fixed.id,
+        seq,
+        tag: Outer::new(info).0,
+        note: 0,
+        esp_off: pre.esp_off,
+        esp_end: info.p.l3_len,
+        next_header: 0,
+        kind: JobKind::Open,
+        mode: place.mode,
+        status: JobStatus::Pending,
+    };
+    if let Err(job) = shared.bank.stage(place.engine, job) {
+        entry.live.counters.engine.add(1);
+        shared.drop(job.frame, DropReason::EngineError);
+    }
+}
+
 /// After the engine: the packet is authentic, fresh, well-formed and within the limits.
 #[inline]
 fn open(
@@ -537,25 +565,9 @@ fn open(
     inner: &mut Parsed,
 ) -> Result<Decapped, DropReason> {
     let live = &entry.live;
-    match job.status {
-        JobStatus::Done => {}
-        JobStatus::IcvMismatch => {
-            live.counters.icv_failed.add(1);
-            live.window.icv_failed();
-            return Err(DropReason::IcvMismatch);
-        }
-        JobStatus::SaGone => return Err(DropReason::SaDisabled),
-        JobStatus::Replayed => return Err(replayed(entry, Replay::Duplicate)),
-        JobStatus::Malformed => {
-            live.counters.malformed.add(1);
-            return Err(DropReason::EngineRefused);
-        }
-        _ => {
-            live.counters.engine.add(1);
-            return Err(DropReason::EngineError);
-        }
+    if job.status != JobStatus::Done {
+        return Err(not_opened(entry, job.status));
     }
-    let place = entry.fixed.place;
     // A successor may have read the window while the packet was with an engine, or another worker's CPU.
     if entry.disabled() {
         return Err(DropReason::SaDisabled);
@@ -570,8 +582,9 @@ fn open(
     };
     let frame = &mut job.frame;
     let opened = if job.mode == OffloadMode::Packet {
+        let front = !entry.fixed.place.outer_headers;
         let bare = Bare {
-            esp_off: (!place.outer_headers).then_some(job.esp_off),
+            esp_off: front.then_some(job.esp_off),
             next_header: job.next_header,
         };
         decap::bare(frame, outer.tos(), bare, plan, shared.natt, inner)
@@ -583,6 +596,29 @@ fn open(
     })?;
     entry.account_in(job.frame.len() as u64, shared.now)?;
     Ok(opened)
+}
+
+/// Counts a packet that did not come back opened.
+#[cold]
+fn not_opened(entry: &SaEntry, status: JobStatus) -> DropReason {
+    let live = &entry.live;
+    match status {
+        JobStatus::IcvMismatch => {
+            live.counters.icv_failed.add(1);
+            live.window.icv_failed();
+            DropReason::IcvMismatch
+        }
+        JobStatus::SaGone => DropReason::SaDisabled,
+        JobStatus::Replayed => replayed(entry, Replay::Duplicate),
+        JobStatus::Malformed => {
+            live.counters.malformed.add(1);
+            DropReason::EngineRefused
+        }
+        _ => {
+            live.counters.engine.add(1);
+            DropReason::EngineError
+        }
+    }
 }
 
 #[cold]
