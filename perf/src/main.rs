@@ -17,7 +17,7 @@ use perf::clock::Rates;
 use perf::engines::{self, Kind, Subjects};
 use perf::machine::{self, HugePages, Machine};
 use perf::measure::{Bench, Effort};
-use perf::parallel;
+use perf::parallel::{self, Packets};
 use perf::peer::{Comparison, Peer, best_driver};
 use perf::policies::{self, PolicyCost};
 use perf::ports;
@@ -108,6 +108,9 @@ enum Command {
         /// Sizes; the goal is for 1420 bytes.
         #[arg(long, value_delimiter = ',', default_value = "1420")]
         sizes: Vec<Mix>,
+        /// Where packets are when a step begins.
+        #[arg(long, value_enum, default_value = "memory")]
+        packets: Packets,
         /// Crypto provider, or "auto".
         #[arg(long, default_value = "auto")]
         provider: Choice,
@@ -238,8 +241,9 @@ fn run(cli: &Cli) -> Result<bool> {
             workers,
             suites,
             sizes,
+            packets,
             provider,
-        } => ground.parallel(*workers, suites, sizes, *provider),
+        } => ground.parallel(*workers, suites, sizes, *packets, *provider),
         Command::Engines {
             config,
             models,
@@ -467,6 +471,7 @@ impl Ground {
         workers: usize,
         suites: &[Suite],
         sizes: &[Mix],
+        packets: Packets,
         provider: Choice,
     ) -> Result<bool> {
         let selection = Selection::new(provider, Compare::Measure)?;
@@ -486,7 +491,7 @@ impl Ground {
                         mix: mix.clone(),
                         frames: self.frames,
                     };
-                    let ratio = parallel::measure(&self.bench(&selection), &scenario)?;
+                    let ratio = parallel::measure(&self.bench(&selection), &scenario, packets)?;
                     parallel::print(&ratio);
                     let counts = workers >= 2 && ratio.size == "1420";
                     reached &= !counts || ratio.ratio() >= parallel::WANTED;

@@ -17,7 +17,17 @@ use crate::scenario::{Scenario, Spread};
 /// What is to be reached at 1420 bytes.
 pub const WANTED: f64 = 1.6;
 /// Share of the steps that are called quiet: the fastest, which nobody else disturbed.
-const QUIET: usize = 10;
+const QUIET: usize = 20;
+
+/// Where packets are when a step begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Packets {
+    /// In memory: equally far from all workers.
+    Memory,
+    /// As the generator left them: in the caches of the first worker's CPU.
+    Cache,
+}
 
 /// One suite and direction.
 #[derive(Clone, Debug, Serialize)]
@@ -32,11 +42,13 @@ pub struct Ratio {
     pub size: String,
     /// Workers.
     pub workers: usize,
+    /// Where packets were.
+    pub packets_at: Packets,
     /// Nanoseconds per packet with one worker and with all: medians of the steps.
     pub one_ns: f64,
     /// See `one_ns`.
     pub all_ns: f64,
-    /// The same of the fastest tenth of the steps.
+    /// The same of the fastest twentieth of the steps.
     pub quiet_one_ns: f64,
     /// See `quiet_one_ns`.
     pub quiet_all_ns: f64,
@@ -62,7 +74,7 @@ impl Ratio {
 ///
 /// # Errors
 /// Packets were lost or reordered; see [`Rig::step`].
-pub fn measure(bench: &Bench<'_>, scenario: &Scenario) -> Result<Ratio> {
+pub fn measure(bench: &Bench<'_>, scenario: &Scenario, packets_at: Packets) -> Result<Ratio> {
     let scenario = Scenario {
         spread: Spread::Help,
         ..scenario.clone()
@@ -71,8 +83,14 @@ pub fn measure(bench: &Bench<'_>, scenario: &Scenario) -> Result<Ratio> {
         workers: 1,
         ..scenario.clone()
     };
-    let mut one = Rig::new(&alone, bench.factory, bench.arena)?;
-    let mut all = Rig::new(&scenario, bench.factory, bench.arena)?;
+    let rig = |scenario| -> Result<Rig> {
+        let rig = Rig::new(scenario, bench.factory, bench.arena)?;
+        Ok(match packets_at {
+            Packets::Memory => rig.with_cold_packets(),
+            Packets::Cache => rig,
+        })
+    };
+    let (mut one, mut all) = (rig(&alone)?, rig(&scenario)?);
     for _ in 0..one.warm_up_steps() {
         one.step(|_| ())?;
         all.step(|_| ())?;
@@ -105,6 +123,7 @@ pub fn measure(bench: &Bench<'_>, scenario: &Scenario) -> Result<Ratio> {
         },
         size: scenario.mix.to_string(),
         workers: scenario.workers,
+        packets_at,
         one_ns,
         all_ns,
         quiet_one_ns: quiet(&ones),

@@ -34,6 +34,8 @@ use crate::traffic::Generator;
 pub const STRIDE: u32 = 2048;
 const WORKER_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0xb];
 const POOL_CACHE: usize = 64;
+/// More than the caches hold.
+const BROOM: usize = 64 << 20;
 /// Rounds without progress after which a measurement is broken.
 const STUCK: u32 = 10_000_000;
 /// And the least time of it.
@@ -64,6 +66,8 @@ pub struct Rig {
     sent: u64,
     /// One SA, whose packets must come out in order.
     helps: bool,
+    /// Memory that is read before each step, so that no CPU has the packets in its caches.
+    broom: Vec<u8>,
     mean_size: f64,
 }
 
@@ -175,6 +179,7 @@ impl Rig {
             clock: gateway.clock,
             sent: 0,
             helps: scenario.spread == Spread::Help,
+            broom: Vec::new(),
             mean_size: scenario.mix.mean(),
         })
     }
@@ -185,6 +190,12 @@ impl Rig {
         (2 * flows.unwrap_or(0))
             .div_ceil(self.frames().max(1))
             .max(8)
+    }
+
+    /// From now on packets lie in memory when a step begins, as those of a device that does not write to caches.
+    pub fn with_cold_packets(mut self) -> Self {
+        self.broom = vec![1; BROOM];
+        self
     }
 
     /// Mean inner packet, bytes.
@@ -201,6 +212,8 @@ impl Rig {
         for lane in &mut self.lanes {
             lane.prepare()?;
         }
+        let swept: usize = self.broom.iter().step_by(64).map(|b| usize::from(*b)).sum();
+        std::hint::black_box(swept);
         between(&mut self.store);
         let packets = self.lanes.iter().map(|lane| lane.frames).sum();
         let target = self.sent + packets as u64;

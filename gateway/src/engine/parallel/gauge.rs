@@ -40,10 +40,14 @@ impl Gauge {
         }
     }
 
-    /// A round has ended. True when it had no burst at all: the worker has nothing to do.
+    /// A round has ended. True when it had no burst at all: the worker has nothing to do. With jobs still out that says
+    /// nothing of the traffic, and does not cool.
     #[inline]
-    pub(super) fn round(&mut self) -> bool {
+    pub(super) fn round(&mut self, jobs_out: bool) -> bool {
         let idle = self.met == [false, false];
+        if idle && jobs_out {
+            return true;
+        }
         for (at, met) in self.met.iter_mut().enumerate() {
             let empty = &mut self.empty[at];
             *empty = if std::mem::take(met) { 0 } else { *empty + 1 };
@@ -114,16 +118,19 @@ mod tests {
         for _ in 0..100 {
             gauge.burst(JobKind::Open, 1);
             gauge.burst(JobKind::Seal, SLACK);
-            assert!(!gauge.round());
+            assert!(!gauge.round(false));
         }
         assert!(gauge.is_hot(JobKind::Seal) && gauge.is_pressed());
         gauge.burst(JobKind::Seal, SLACK - 1);
         assert!(!gauge.is_hot(JobKind::Seal));
         gauge.burst(JobKind::Seal, FULL);
-        assert!(!gauge.round());
+        assert!(!gauge.round(false));
+        for _ in 0..1000 {
+            assert!(gauge.round(true), "nothing came, and something is out");
+        }
         for _ in 0..EMPTY {
             assert!(gauge.is_pressed());
-            assert!(gauge.round(), "nothing came");
+            assert!(gauge.round(false), "nothing came");
         }
         assert!(!gauge.is_pressed());
     }

@@ -414,7 +414,7 @@ impl EspEngine for ParallelEngine {
     }
 
     fn poll(&mut self, done: &mut Vec<EspJob>) {
-        let idle = self.gauge.round();
+        let idle = self.gauge.round(self.in_flight != 0);
         if let Some(own) = self.pressure.get(self.own) {
             own.declare(self.gauge.is_pressed());
         }
