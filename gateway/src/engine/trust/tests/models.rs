@@ -209,7 +209,7 @@ fn an_eip93_that_misbehaves_delivers_nothing_wrong_and_comes_back() {
     ];
     for turn in turns {
         for mode in [OffloadMode::Crypto, OffloadMode::Packet] {
-            misbehaves(|| eip93(Duration::from_millis(500), full()), mode, turn);
+            misbehaves(|| eip93(Duration::from_millis(1500), full()), mode, turn);
         }
     }
 }
@@ -243,7 +243,7 @@ fn an_soe_that_misbehaves_delivers_nothing_wrong_and_comes_back() {
     ];
     for turn in turns {
         misbehaves(
-            || soe(Duration::from_millis(300), full()),
+            || soe(Duration::from_millis(800), full()),
             OffloadMode::Packet,
             turn,
         );
@@ -253,8 +253,8 @@ fn an_soe_that_misbehaves_delivers_nothing_wrong_and_comes_back() {
 #[test]
 fn engines_that_stand_still_are_reset_and_serve_again() {
     let makes: [fn() -> Bench; 2] = [
-        || eip93(Duration::from_millis(300), full()),
-        || soe(Duration::from_millis(300), full()),
+        || eip93(Duration::from_millis(1500), full()),
+        || soe(Duration::from_millis(800), full()),
     ];
     for make in makes {
         let mut b = make();
