@@ -20,6 +20,12 @@ impl Rank {
     pub(super) const fn label(self) -> u64 {
         halves(self.0)[1]
     }
+
+    /// Place of one of the policy's selectors. Among those of one policy the ones that are meant for hidden ports come
+    /// first, for what they match they decide whatever came before.
+    pub(super) const fn of_selector(self, opaque: bool) -> Self {
+        Self(self.0 << 1 | !opaque as u128)
+    }
 }
 
 /// Address of one family as a number.

@@ -160,9 +160,10 @@ impl<A: Addr> Half<A> {
 fn cells<A: Addr>(item: &Item, to: &mut Vec<Cell<A>>) {
     let (vrf, if_id) = (item.policy.vrf.0, item.policy.if_id.0);
     to.extend(item.policy.selectors.iter().filter_map(|s| {
+        let when = Match::new(s, vrf, if_id)?;
         Some(Cell {
-            rank: item.rank,
-            when: Match::new(s, vrf, if_id)?,
+            rank: item.rank.of_selector(when.is_opaque()),
+            when,
             action: item.action,
             policy: item.id,
         })

@@ -222,6 +222,35 @@ fn a_fragment_is_not_moved_to_another_tunnel_nor_out_of_a_discard() {
 }
 
 #[test]
+fn a_policys_selector_for_hidden_ports_decides_before_its_others() {
+    let narrow = pol(
+        "first",
+        1,
+        sel(ANY, ANY, None, dport(80)),
+        policy::Action::Discard,
+    );
+    let any = sel(ANY, "2.2.2.2", None, Ports::Any);
+    let opaque = sel("1.1.1.1", ANY, None, Ports::Opaque);
+    let k = key("1.1.1.1", "2.2.2.2", 6, L4::Fragment);
+    for selectors in [
+        vec![any.clone(), opaque.clone()],
+        vec![opaque.clone(), any.clone()],
+    ] {
+        let mut both = pol("second", 2, any.clone(), protect("t1"));
+        both.selectors = selectors;
+        let list = [narrow.clone(), both];
+        let protected = Action::Protect {
+            tunnel: TunnelIdx(1),
+        };
+        assert_eq!(action(&list, &k), protected);
+        assert_eq!(
+            reference::lookup(&list, Direction::Out, &k, tunnel).0,
+            protected
+        );
+    }
+}
+
+#[test]
 fn a_policy_for_opaque_ports_decides_on_fragments_alone() {
     let web = pol("web", 1, sel(ANY, ANY, Some(6), dport(80)), protect("t2"));
     let frags = pol(
