@@ -8,7 +8,8 @@ use sa_store::cipher::CipherFactory;
 use sa_store::file::{Config, Location};
 use sa_store::lease::LeaseWriter;
 use sa_store::runtime::{Place, SaEntry};
-use sa_store::sa::{Direction, SaId, SaSpec};
+use sa_store::sa::{Direction, OffloadMode, SaId, SaSpec};
+use sa_store::snapshot::Snapshot;
 use sa_store::spd::Spd;
 use sa_store::store::{Draft, Store};
 
@@ -92,7 +93,7 @@ pub fn apply(
     let stopped = stop_and_wait(store, keeper, writer, plane, &heirs)?;
 
     let mut draft = store.draft();
-    let mut engines = Engines::new(plane);
+    let mut engines = Engines::new(plane, store.current());
     let filled = fill(
         &mut draft,
         &plan,
@@ -424,10 +425,7 @@ fn fill(
                 .add_sa_on(draft, Arc::clone(&w.spec), factory, start, place, now)
                 .map_err(|e| refuse(e.to_string()))
         };
-        let place = engines
-            .plane
-            .place(&w.spec, before(plan, &w.spec))
-            .map_err(refuse)?;
+        let place = engines.place(&w.spec).map_err(refuse)?;
         let mut id = add(draft, place)?;
         if place.engine != 0 {
             match engines.install(draft, id) {
@@ -457,27 +455,39 @@ fn fill(
     Ok(tracked)
 }
 
-/// The running SA of the tunnel and direction that this one takes the place of.
-fn before<'p>(plan: &'p Plan<'_>, spec: &SaSpec) -> Option<&'p SaEntry> {
-    let mut same = plan
-        .removed
-        .iter()
-        .filter(|e| e.spec.tunnel == spec.tunnel && e.spec.direction == spec.direction);
-    same.next_back().map(|e| &**e)
-}
-
 /// SAs that engines were prepared for in one attempt: forgotten again unless it succeeds.
 struct Engines<'p> {
     plane: &'p dyn DataPlane,
     prepared: Vec<SaId>,
+    running: Arc<Snapshot>,
+    /// What runs, by tunnel and direction; made when the first SA asks for an engine.
+    earlier: Option<HashMap<(String, Direction), Arc<SaEntry>>>,
 }
 
 impl<'p> Engines<'p> {
-    fn new(plane: &'p dyn DataPlane) -> Self {
+    fn new(plane: &'p dyn DataPlane, running: Arc<Snapshot>) -> Self {
         Self {
             plane,
             prepared: Vec::new(),
+            running,
+            earlier: None,
         }
+    }
+
+    /// Where the SA goes, given the running one of its tunnel and direction, which it succeeds.
+    fn place(&mut self, spec: &SaSpec) -> Result<Place, String> {
+        if spec.offload == OffloadMode::Software {
+            return self.plane.place(spec, None);
+        }
+        let earlier = self.earlier.get_or_insert_with(|| {
+            let of = |e: &Arc<SaEntry>| {
+                let key = (e.spec.tunnel.clone(), e.fixed.direction);
+                (key, Arc::clone(e))
+            };
+            self.running.sas.iter().flatten().map(of).collect()
+        });
+        let before = earlier.get(&(spec.tunnel.clone(), spec.direction));
+        self.plane.place(spec, before.map(|e| &**e))
     }
 
     fn install(&mut self, draft: &Draft, id: SaId) -> Result<Installed, String> {
