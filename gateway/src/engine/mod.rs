@@ -6,6 +6,7 @@ mod desk;
 mod fit;
 pub mod parallel;
 mod park;
+mod private;
 mod software;
 mod split;
 pub mod trust;

@@ -1,20 +1,19 @@
 //! The wrapper's own SAs and packets, for known answers and canaries.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use pmd::engine::{EspJob, JobKind, JobStatus};
 use pmd::frame::Frame;
 use sa_store::cipher::{CipherError, CipherFactory, CipherJob, SaCipher};
 use sa_store::plan::{ESP_HEADER, ESP_TRAILER};
-use sa_store::runtime::{Install, Place, SaEntry, Start, TunnelIdx};
-use sa_store::sa::{
-    Df, Direction, Dscp, IfId, Limits, Mode, OffloadMode, SaId, SaKeys, SaSpec, Spi, Tfc, Vrf,
-};
+use sa_store::runtime::{Place, SaEntry};
+use sa_store::sa::{Direction, OffloadMode, SaId, SaKeys, Spi};
 use sa_store::suite::Suite;
 
 use crate::crypto::Fixed;
 use crate::crypto::rustcrypto::RustCrypto;
+use crate::engine::private::{HERE, Private, THERE};
 use crate::wire::ipv4::{self, Ipv4Repr};
 use crate::wire::proto;
 
@@ -22,9 +21,6 @@ use crate::wire::proto;
 pub(super) const OUTER: usize = ipv4::HEADER_LEN;
 /// The SPI of our SAs: no packet of theirs ever leaves, so it need not be theirs alone.
 pub(super) const SPI: u32 = 0x0e57_1a4d;
-/// Documentation addresses, RFC 5737.
-const HERE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
-const THERE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
 
 /// The reference that engines are held against.
 pub(super) fn reference(suite: Suite, keys: &SaKeys) -> Result<Box<dyn SaCipher>, CipherError> {
@@ -42,50 +38,20 @@ pub(super) fn entry(
     direction: Direction,
     mode: OffloadMode,
 ) -> Result<Arc<SaEntry>, CipherError> {
-    let spec = SaSpec {
-        name: "(check)".into(),
-        tunnel: "(check)".into(),
-        direction,
+    let sa = Private {
+        name: "(check)",
+        id,
         // Not one of the reserved values.
         spi: Spi::new(SPI).unwrap_or_else(|| unreachable!("a constant above 255")),
-        src: HERE.into(),
-        dst: THERE.into(),
-        mode: Mode::Tunnel,
         suite,
         keys: keys.clone(),
-        encap: None,
-        esn: false,
-        replay_window: 64,
-        first_use: true,
-        soft: Limits::default(),
-        hard: Limits::default(),
-        dscp: Dscp::Copy,
-        df: Df::Copy,
-        ecn: true,
-        ttl: 64,
-        pmtu: None,
-        tfc: Tfc::Off,
-        mss_clamp: false,
-        vrf: Vrf::default(),
-        if_id: IfId::default(),
-        selectors: Vec::new(),
+        direction,
         offload: mode,
-        engine: None,
-    };
-    let install = Install {
-        id,
-        tunnel: TunnelIdx(id.index),
-        owner: 0,
+        place: Place::CPU,
         cipher: reference(suite, keys)?,
         provider: "rustcrypto",
-        start: Start {
-            lease_end: u64::MAX,
-            ..Start::default()
-        },
-        place: Place::CPU,
-        now: 0,
     };
-    Ok(Arc::new(SaEntry::new(Arc::new(spec), install)))
+    Ok(sa.entry())
 }
 
 /// An inner packet of `len` bytes (at least 20), whose content follows from `seed`.
