@@ -96,3 +96,34 @@ pub trait CipherFactory: Send + Sync {
     /// Name of the provider that [`make`](Self::make) would use, for `sa show` and metrics.
     fn provider_for(&self, suite: Suite) -> Option<&'static str>;
 }
+/// The context of an SA whose keys an engine has: software does nothing, so no packet is ever right. For tests and trials of
+/// engines by themselves.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoCipher;
+
+impl SaCipher for NoCipher {
+    fn lane(&self) -> u16 {
+        0
+    }
+    fn prefetch(&self) {}
+    fn seal(&self, _: &mut [CipherJob<'_>]) {}
+    fn open(&self, _: &mut [CipherJob<'_>]) {}
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+impl CipherFactory for NoCipher {
+    fn make(
+        &self,
+        _: Suite,
+        _: &SaKeys,
+        _: bool,
+        _: Direction,
+    ) -> Result<Box<dyn SaCipher>, CipherError> {
+        Ok(Box::new(NoCipher))
+    }
+    fn provider_for(&self, _: Suite) -> Option<&'static str> {
+        None
+    }
+}

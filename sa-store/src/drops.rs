@@ -104,6 +104,13 @@ drop_reasons! {
     TooBig => "too_big",
     /// Head-room or tail-room of the frame does not suffice.
     NoRoom => "no_room",
+    // Exception path.
+    /// For the kernel, but its class has used up its rate.
+    PuntLimit => "punt_limit",
+    /// For the kernel, but too many wait already, or the TAP does not take them.
+    PuntFull => "punt_full",
+    /// ICMP error about an outer packet that no SA sent lately, or with an MTU that cannot be.
+    IcmpImplausible => "icmp_implausible",
     // Fragments.
     /// Inbound fragment while reassembly is off.
     FragmentOff => "fragment_off",
@@ -134,17 +141,25 @@ pub enum Consumed {
     Dummy,
     /// Fragment that was merged into a reassembled packet.
     Reassembled,
+    /// ICMP error about an outer packet, taken note of.
+    PathMtu,
 }
 
 impl Consumed {
     /// All, in the order of their numbers.
-    pub const ALL: &'static [Consumed] = &[Self::NatKeepalive, Self::Dummy, Self::Reassembled];
+    pub const ALL: &'static [Consumed] = &[
+        Self::NatKeepalive,
+        Self::Dummy,
+        Self::Reassembled,
+        Self::PathMtu,
+    ];
     /// Metric label.
     pub const fn name(self) -> &'static str {
         match self {
             Self::NatKeepalive => "nat_keepalive",
             Self::Dummy => "dummy",
             Self::Reassembled => "reassembled",
+            Self::PathMtu => "path_mtu",
         }
     }
 }

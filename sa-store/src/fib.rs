@@ -7,14 +7,15 @@
 //! A [`Fib`] is immutable and part of the snapshot. Link addresses are atomics in a table that tables of routes
 //! share, so that learning one needs no publication.
 
-use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use hashbrown::HashMap;
-use iptrie::{Ipv4LCTrieMap, Ipv4Prefix, Ipv4RTrieMap, Ipv6LCTrieMap, Ipv6Prefix, Ipv6RTrieMap};
+use iptrie::{
+    IpPrefix, Ipv4LCTrieMap, Ipv4Prefix, Ipv4RTrieMap, Ipv6LCTrieMap, Ipv6Prefix, Ipv6RTrieMap,
+};
 
 use crate::runtime::mapped;
 use crate::sa::Vrf;
@@ -97,10 +98,11 @@ const KNOWN: u64 = 1 << 48;
 #[derive(Debug)]
 struct Neighbour {
     port: u16,
+    addr: u128,
     mac: AtomicU64,
 }
 
-/// All neighbours. Numbers stay valid for good.
+/// All neighbours. Numbers stay valid until [`retain`](Self::retain) gives them anew.
 #[derive(Clone, Debug, Default)]
 pub struct Neighbours {
     list: Vec<Arc<Neighbour>>,
@@ -117,6 +119,7 @@ impl Neighbours {
         let hop = HopIdx(u32::try_from(self.list.len()).unwrap_or(u32::MAX));
         self.list.push(Arc::new(Neighbour {
             port,
+            addr: key.1,
             mac: AtomicU64::new(0),
         }));
         self.by_addr.insert(key, hop);
@@ -145,6 +148,37 @@ impl Neighbours {
     pub fn find(&self, port: u16, addr: IpAddr) -> Option<HopIdx> {
         self.by_addr.get(&(port, mapped(addr))).copied()
     }
+
+    /// How many.
+    pub fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// All: port, address, link address when known.
+    pub fn iter(&self) -> impl Iterator<Item = (u16, IpAddr, Option<[u8; 6]>)> + '_ {
+        self.list.iter().map(|n| {
+            let addr = Ipv6Addr::from(n.addr).to_canonical();
+            (n.port, addr, link_address(n.mac.load(Relaxed)))
+        })
+    }
+
+    /// Forgets all but some. The others keep their link addresses, and get new numbers: for a table that is built
+    /// anew, never for one that shares its routes with another.
+    pub fn retain(&mut self, keep: impl Fn(u16, IpAddr) -> bool) {
+        self.list
+            .retain(|n| keep(n.port, Ipv6Addr::from(n.addr).to_canonical()));
+        self.by_addr = self
+            .list
+            .iter()
+            .zip(0..)
+            .map(|(n, i)| ((n.port, n.addr), HopIdx(i)))
+            .collect();
+    }
 }
 
 /// What the trie holds: a range of [`Fib::targets`].
@@ -162,14 +196,20 @@ struct Table {
 
 /// Compiled routes.
 pub struct Fib {
-    vrfs: HashMap<Vrf, Table, rustc_hash::FxBuildHasher>,
-    targets: Vec<Target>,
-    routes: Vec<Route>,
+    compiled: Arc<Compiled>,
     neighbours: Neighbours,
     generation: u32,
 }
 
-#[derive(Clone, Copy, Debug)]
+/// What does not change when a neighbour is added.
+#[derive(Default)]
+struct Compiled {
+    vrfs: HashMap<Vrf, Table, rustc_hash::FxBuildHasher>,
+    targets: Vec<Target>,
+    routes: Vec<Route>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Target {
     Hop(HopIdx),
     OnLink(u16),
@@ -184,9 +224,7 @@ static GENERATION: AtomicU32 = AtomicU32::new(0);
 impl Default for Fib {
     fn default() -> Self {
         Self {
-            vrfs: HashMap::default(),
-            targets: Vec::new(),
-            routes: Vec::new(),
+            compiled: Arc::default(),
             neighbours: Neighbours::default(),
             generation: next_generation(),
         }
@@ -197,50 +235,83 @@ fn next_generation() -> u32 {
     GENERATION.fetch_add(1, Relaxed).wrapping_add(1)
 }
 
+/// Where routes of one prefix are put together: VRF, family, network, length.
+type Key = (Vrf, bool, u128, u8);
+
+fn key(r: &Route) -> Result<Key, FibError> {
+    let v6 = r.addr.is_ipv6();
+    let wide = if v6 { 128 } else { 32 };
+    if r.len > wide {
+        return Err(FibError::PrefixLength {
+            addr: r.addr,
+            len: r.len,
+        });
+    }
+    let bits = u32::from(wide - r.len);
+    let base = mapped(r.addr) & u128::MAX.checked_shl(bits).unwrap_or(0);
+    Ok((r.vrf, v6, base, r.len))
+}
+
 impl Fib {
-    /// Compiles routes. Gateways become neighbours if they are not yet.
+    /// As [`from_routes`](Self::from_routes), with a copy of the routes.
     ///
     /// # Errors
     /// See [`FibError`].
-    pub fn build(routes: &[Route], mut neighbours: Neighbours) -> Result<Self, FibError> {
-        let mut groups: BTreeMap<(Vrf, u128, u8, bool), Vec<Target>> = BTreeMap::new();
-        for r in routes {
-            let v6 = r.addr.is_ipv6();
-            let wide = if v6 { 128 } else { 32 };
-            if r.len > wide {
-                return Err(FibError::PrefixLength {
-                    addr: r.addr,
-                    len: r.len,
-                });
-            }
-            let bits = u32::from(wide - r.len);
-            let base = mapped(r.addr) & u128::MAX.checked_shl(bits).unwrap_or(0);
-            let target = match r.to {
+    pub fn build(routes: &[Route], neighbours: Neighbours) -> Result<Self, FibError> {
+        Self::from_routes(routes.to_vec(), neighbours)
+    }
+
+    /// Compiles routes. Gateways become neighbours if they are not yet. A path that is given twice gets twice the share.
+    ///
+    /// # Errors
+    /// See [`FibError`].
+    pub fn from_routes(routes: Vec<Route>, mut neighbours: Neighbours) -> Result<Self, FibError> {
+        let mut order: Vec<(Key, u32)> = Vec::with_capacity(routes.len());
+        for (r, i) in routes.iter().zip(0..) {
+            order.push((key(r)?, i));
+        }
+        order.sort_unstable();
+        let mut targets = Vec::new();
+        // Most prefixes lead to the same few groups of gateways: each is kept once.
+        let mut known: HashMap<Vec<Target>, Group, foldhash::fast::RandomState> =
+            HashMap::default();
+        let mut tries: Vec<(Vrf, Ipv4RTrieMap<Group>, Ipv6RTrieMap<Group>)> = Vec::new();
+        let mut list = Vec::new();
+        for same in order.chunk_by(|(a, _), (b, _)| a == b) {
+            let Some(((vrf, v6, base, len), _)) = same.first().copied() else {
+                continue;
+            };
+            list.clear();
+            let given = same.iter().filter_map(|(_, i)| routes.get(*i as usize));
+            list.extend(given.map(|r| match r.to {
                 RouteTo::Via { port, gateway } => Target::Hop(neighbours.add(port, gateway)),
                 RouteTo::OnLink { port } => Target::OnLink(port),
                 RouteTo::Tunnel(t) => Target::Tunnel(t),
                 RouteTo::Local => Target::Local,
                 RouteTo::Blackhole => Target::Blackhole,
+            }));
+            let group = match known.get(&list) {
+                Some(group) => *group,
+                None => {
+                    let group = Group {
+                        first: u32::try_from(targets.len()).unwrap_or(u32::MAX),
+                        count: u32::try_from(list.len()).unwrap_or(u32::MAX),
+                    };
+                    targets.extend_from_slice(&list);
+                    known.insert(list.clone(), group);
+                    group
+                }
             };
-            groups
-                .entry((r.vrf, base, r.len, v6))
-                .or_default()
-                .push(target);
-        }
-        let mut targets = Vec::new();
-        let mut tables: BTreeMap<Vrf, (Ipv4RTrieMap<Group>, Ipv6RTrieMap<Group>)> = BTreeMap::new();
-        for ((vrf, base, len, v6), list) in groups {
-            let group = Group {
-                first: u32::try_from(targets.len()).unwrap_or(u32::MAX),
-                count: u32::try_from(list.len()).unwrap_or(u32::MAX),
-            };
-            targets.extend(list);
-            let (t4, t6) = tables.entry(vrf).or_insert_with(|| {
-                (
+            if tries.last().is_none_or(|(v, ..)| *v != vrf) {
+                tries.push((
+                    vrf,
                     Ipv4RTrieMap::with_root(Group::default()),
                     Ipv6RTrieMap::with_root(Group::default()),
-                )
-            });
+                ));
+            }
+            let Some((_, t4, t6)) = tries.last_mut() else {
+                continue;
+            };
             let bad = |_| FibError::PrefixLength {
                 addr: IpAddr::V6(base.into()),
                 len,
@@ -254,9 +325,9 @@ impl Fib {
                 );
             }
         }
-        let vrfs = tables
+        let vrfs = tries
             .into_iter()
-            .map(|(vrf, (v4, v6))| {
+            .map(|(vrf, v4, v6)| {
                 (
                     vrf,
                     Table {
@@ -267,12 +338,29 @@ impl Fib {
             })
             .collect();
         Ok(Self {
-            vrfs,
-            targets,
-            routes: routes.to_vec(),
+            compiled: Arc::new(Compiled {
+                vrfs,
+                targets,
+                routes,
+            }),
             neighbours,
             generation: next_generation(),
         })
+    }
+
+    /// The same routes with more neighbours. Those of this table must be among them under their numbers.
+    pub fn with_neighbours(&self, neighbours: Neighbours) -> Self {
+        debug_assert!(
+            self.neighbours
+                .by_addr
+                .iter()
+                .all(|(k, hop)| neighbours.by_addr.get(k) == Some(hop))
+        );
+        Self {
+            compiled: Arc::clone(&self.compiled),
+            neighbours,
+            generation: next_generation(),
+        }
     }
 
     /// Where a packet to `dst` (IPv4 as IPv4-mapped) goes. `hash` chooses among equal paths.
@@ -282,7 +370,7 @@ impl Fib {
 
     /// The paths of the longest prefix; none for an unrouted destination.
     fn group(&self, vrf: Vrf, dst: u128) -> Group {
-        let Some(table) = self.vrfs.get(&vrf) else {
+        let Some(table) = self.compiled.vrfs.get(&vrf) else {
             return Group::default();
         };
         if dst >> 32 == 0xffff {
@@ -303,7 +391,7 @@ impl Fib {
         let index = u64::from(group.first) + pick;
         let target = usize::try_from(index)
             .ok()
-            .and_then(|i| self.targets.get(i));
+            .and_then(|i| self.compiled.targets.get(i));
         match target {
             Some(Target::Hop(hop)) => Hop::Neighbour(*hop),
             Some(Target::OnLink(port)) => match self.neighbours.by_addr.get(&(*port, dst)) {
@@ -322,12 +410,28 @@ impl Fib {
         self.neighbours.list.get(hop.0 as usize).map(|n| n.port)
     }
 
+    /// Address of a neighbour, IPv4 as IPv4-mapped.
+    pub fn address(&self, hop: HopIdx) -> Option<u128> {
+        self.neighbours.list.get(hop.0 as usize).map(|n| n.addr)
+    }
+
     /// Link address of a neighbour, when known.
     #[inline]
     pub fn mac(&self, hop: HopIdx) -> Option<[u8; 6]> {
-        let mac = self.neighbours.list.get(hop.0 as usize)?.mac.load(Relaxed);
-        let [_, _, a, b, c, d, e, f] = mac.to_be_bytes();
-        (mac & KNOWN != 0).then_some([a, b, c, d, e, f])
+        let neighbour = self.neighbours.list.get(hop.0 as usize)?;
+        link_address(neighbour.mac.load(Relaxed))
+    }
+
+    /// The prefix that decides about a destination (IPv4 as IPv4-mapped): network and length.
+    pub fn prefix(&self, vrf: Vrf, dst: u128) -> Option<(IpAddr, u8)> {
+        let table = self.compiled.vrfs.get(&vrf)?;
+        if dst >> 32 == 0xffff {
+            let (prefix, group) = table.v4.lookup(&std::net::Ipv4Addr::from(low32(dst)));
+            (group.count > 0).then(|| (prefix.network().into(), prefix.len()))
+        } else {
+            let (prefix, group) = table.v6.lookup(&Ipv6Addr::from(dst));
+            (group.count > 0).then(|| (prefix.network().into(), prefix.len()))
+        }
     }
 
     /// Changes with every table; never reused.
@@ -343,17 +447,23 @@ impl Fib {
 
     /// The routes as they were given.
     pub fn routes(&self) -> &[Route] {
-        &self.routes
+        &self.compiled.routes
     }
 }
 
 impl std::fmt::Debug for Fib {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Fib")
-            .field("routes", &self.routes.len())
+            .field("routes", &self.compiled.routes.len())
             .field("generation", &self.generation)
             .finish_non_exhaustive()
     }
+}
+
+#[inline]
+fn link_address(word: u64) -> Option<[u8; 6]> {
+    let [_, _, a, b, c, d, e, f] = word.to_be_bytes();
+    (word & KNOWN != 0).then_some([a, b, c, d, e, f])
 }
 
 fn low32(a: u128) -> u32 {

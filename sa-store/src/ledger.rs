@@ -20,11 +20,14 @@ pub enum Generated {
     Fragment,
     /// Dummy packet (RFC 4303 section 2.6).
     Dummy,
+    /// From the kernel, by a port's exception TAP.
+    Injected,
 }
 
 impl Generated {
     /// All, in the order of their numbers.
-    pub const ALL: &'static [Generated] = &[Self::Icmp, Self::Fragment, Self::Dummy];
+    pub const ALL: &'static [Generated] =
+        &[Self::Icmp, Self::Fragment, Self::Dummy, Self::Injected];
 
     /// Metric label.
     pub const fn name(self) -> &'static str {
@@ -32,6 +35,47 @@ impl Generated {
             Self::Icmp => "icmp",
             Self::Fragment => "fragment",
             Self::Dummy => "dummy",
+            Self::Injected => "injected",
+        }
+    }
+}
+
+/// Classes of what goes to the kernel: each has a rate of its own, and the first go first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Punt {
+    /// IKE, also in UDP port 4500.
+    Ike,
+    /// Routing and redundancy protocols: BGP, OSPF, IS-IS, RIP, LDP, BFD, PIM, IGMP, VRRP.
+    Routing,
+    /// ARP and neighbour discovery.
+    Neighbour,
+    /// ICMP beside neighbour discovery.
+    Icmp,
+    /// Everything else.
+    Other,
+}
+
+impl Punt {
+    /// All, in the order of their numbers and of their precedence.
+    pub const ALL: &'static [Punt] = &[
+        Self::Ike,
+        Self::Routing,
+        Self::Neighbour,
+        Self::Icmp,
+        Self::Other,
+    ];
+    /// How many there are.
+    pub const COUNT: usize = Self::ALL.len();
+
+    /// Metric label.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ike => "ike",
+            Self::Routing => "routing",
+            Self::Neighbour => "neighbour",
+            Self::Icmp => "icmp",
+            Self::Other => "other",
         }
     }
 }
@@ -93,8 +137,10 @@ pub struct WorkerCounters {
     pub handed_in: Counter,
     /// Frames handed to the owner of their SA.
     pub handed_out: Counter,
-    /// Frames given to the exception path.
-    pub punted: Counter,
+    /// Frames given to the kernel by the exception path, by [`Punt`].
+    pub punted: [Counter; Punt::COUNT],
+    /// Frames meant for it that were dropped, by [`Punt`]; among `dropped` too.
+    pub unpunted: [Counter; Punt::COUNT],
     /// Packets encrypted and sent on.
     pub encrypted: Counter,
     /// Packets decrypted and accepted.
@@ -123,6 +169,28 @@ pub struct WorkerCounters {
     pub flow_hits: Counter,
     /// Flow cache misses: full policy look-ups.
     pub flow_misses: Counter,
+    /// Ciphering shared with other workers.
+    pub parallel: ParallelCounters,
+}
+
+/// What a worker shares of its ciphering, and does of others'. Packets of an SA that is shared are given on in order only, so
+/// one that is late holds up those behind it.
+#[derive(Debug, Default)]
+pub struct ParallelCounters {
+    /// Packets given to helpers.
+    pub given: Counter,
+    /// Packets that came back from helpers.
+    pub returned: Counter,
+    /// Packets of shared SAs that the worker ciphered itself, because helpers had enough.
+    pub kept: Counter,
+    /// Packets of other workers' SAs that the worker ciphered.
+    pub assisted: Counter,
+    /// Packets that wait to be ciphered, or for their turn, now: a gauge.
+    pub waiting: Counter,
+    /// Looks at what has come back that found a packet ready and the one before it still with a helper.
+    pub held_up: Counter,
+    /// Packets that found no room, and were offered again.
+    pub refused: Counter,
 }
 
 impl Default for WorkerCounters {
@@ -132,7 +200,8 @@ impl Default for WorkerCounters {
             sent: Counter::default(),
             handed_in: Counter::default(),
             handed_out: Counter::default(),
-            punted: Counter::default(),
+            punted: std::array::from_fn(|_| Counter::default()),
+            unpunted: std::array::from_fn(|_| Counter::default()),
             encrypted: Counter::default(),
             decrypted: Counter::default(),
             bypassed: Counter::default(),
@@ -147,6 +216,7 @@ impl Default for WorkerCounters {
             burst_latency: Histogram::default(),
             flow_hits: Counter::default(),
             flow_misses: Counter::default(),
+            parallel: ParallelCounters::default(),
         }
     }
 }
@@ -197,7 +267,7 @@ impl Balance {
                 + w.generated.iter().map(Counter::value).sum::<u64>();
             b.ended += w.sent.value()
                 + w.handed_out.value()
-                + w.punted.value()
+                + w.punted.iter().map(Counter::value).sum::<u64>()
                 + w.consumed.iter().map(Counter::value).sum::<u64>()
                 + w.total_dropped();
             b.inside += w.waiting.value() + w.in_flight.value();

@@ -383,7 +383,6 @@ fn ones_sum(bytes: &[u8]) -> u16 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::Selector;
     use crate::sa::*;
 
     fn spec(suite: Suite, mode: Mode, v6: bool, udp: bool) -> SaSpec {
@@ -393,39 +392,24 @@ mod tests {
             ("192.0.2.1", "192.0.2.2")
         };
         SaSpec {
-            name: "s".into(),
             tunnel: "t".into(),
-            direction: Direction::Out,
-            spi: Spi::new(0x1234_5678).unwrap(),
             src: src.parse().unwrap(),
             dst: dst.parse().unwrap(),
             mode,
-            suite,
-            keys: SaKeys {
-                enc: vec![0; suite.enc_key_len()].into(),
-                auth: vec![0; suite.auth_key_len()].into(),
-            },
             encap: udp.then_some(UdpEncap {
                 sport: 4500,
                 dport: 4501,
             }),
-            esn: false,
-            replay_window: 64,
-            first_use: true,
-            soft: Limits::default(),
-            hard: Limits::default(),
-            dscp: Dscp::Copy,
-            df: Df::Copy,
-            ecn: true,
-            ttl: 64,
-            pmtu: None,
-            tfc: Tfc::Off,
-            mss_clamp: false,
-            vrf: Vrf::default(),
-            if_id: IfId::default(),
-            selectors: Vec::<Selector>::new(),
-            offload: OffloadMode::Software,
-            engine: None,
+            ..SaSpec::plain(
+                "s",
+                Direction::Out,
+                Spi::new(0x1234_5678).unwrap(),
+                suite,
+                SaKeys {
+                    enc: vec![0; suite.enc_key_len()].into(),
+                    auth: vec![0; suite.auth_key_len()].into(),
+                },
+            )
         }
     }
 

@@ -5,6 +5,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
 
 use crate::drops::DropReason;
+use crate::runtime::TunnelIdx;
 use crate::sa::SaId;
 
 /// A message to control.
@@ -14,6 +15,55 @@ pub enum Report {
     Audit(AuditEvent),
     /// A number of this inbound SA passed the edge on disk: the keeper of leases is to look at it now.
     Edge(SaId),
+    /// Packets wait for this neighbour's link address. Repeated while they do, at most a few times a second.
+    Unresolved {
+        /// Port on whose link it is.
+        port: u16,
+        /// Its address, IPv4 as such.
+        addr: IpAddr,
+    },
+    /// An ICMP error says that an outer packet of ours was too big.
+    TooBig(crate::pmtu::TooBig),
+    /// A packet wanted to go through a tunnel that has no SA.
+    Acquire(Flow),
+    /// Authentic ESP in UDP comes from another address or port than its SA says. Repeated while it does, once a second.
+    Moved {
+        /// The inbound SA.
+        sa: SaId,
+        /// Source of the packet, IPv4 as IPv4-mapped.
+        src: u128,
+        /// Its UDP port.
+        port: u16,
+    },
+}
+
+/// A packet's way, as an acquire tells of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// Tunnel that it was to take.
+    pub tunnel: TunnelIdx,
+    /// Source, IPv4 as IPv4-mapped.
+    pub src: u128,
+    /// Destination, likewise.
+    pub dst: u128,
+    /// Protocol.
+    pub proto: u8,
+    /// Source port or ICMP type.
+    pub sport: u16,
+    /// Destination port or ICMP code.
+    pub dport: u16,
+}
+
+impl Flow {
+    /// Source address.
+    pub fn source(&self) -> IpAddr {
+        Ipv6Addr::from(self.src).to_canonical()
+    }
+
+    /// Destination address.
+    pub fn destination(&self) -> IpAddr {
+        Ipv6Addr::from(self.dst).to_canonical()
+    }
 }
 
 /// An event that RFC 4301 and RFC 4303 want in the audit log, with the fields that they list. Date and time are

@@ -11,66 +11,23 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use crate::cipher::SaCipher;
 use crate::counters::Counter;
 use crate::drops::DropReason;
-use crate::fib::HopIdx;
 use crate::plan::{InPlan, OutPlan};
 use crate::replay::ReplayWindow;
 use crate::sa::{Direction, OffloadMode, SaId, SaSpec, UdpEncap, Vrf};
 use crate::spd::SelectorSet;
+use limits::{Thresholds, Watch};
+
 pub use crate::spd::TunnelIdx;
+pub use limits::{Gauge, Gauges};
 
-/// Sticky event bits of an SA. Set by the data path, cleared by control once handled: nothing is lost
-/// however late control looks.
-pub mod event {
-    /// Soft packet limit reached.
-    pub const SOFT_PACKETS: u32 = 1;
-    /// Soft byte limit reached.
-    pub const SOFT_BYTES: u32 = 1 << 1;
-    /// Soft time limit reached.
-    pub const SOFT_TIME: u32 = 1 << 2;
-    /// A hard limit was reached; the SA carries nothing more.
-    pub const HARD: u32 = 1 << 3;
-    /// Seven eighths of the sequence space are used.
-    pub const SEQUENCE_LOW: u32 = 1 << 4;
-    /// The sequence space is used up.
-    pub const SEQUENCE_END: u32 = 1 << 5;
-    /// Half of the current lease block is used: the next one is wanted. Inbound: the same of the window's edge.
-    pub const LEASE_LOW: u32 = 1 << 6;
-    /// A packet was dropped because no lease was left, or because it passed the window's edge on disk.
-    pub const LEASE_OUT: u32 = 1 << 7;
-    /// Many packets in a row failed their ICV or were replays.
-    pub const REPLAY_BURST: u32 = 1 << 8;
-    /// First packet was carried.
-    pub const FIRST_USE: u32 = 1 << 9;
-    /// The engine that numbered the SA's packets has lost count of them: the SA is stopped and wants a successor.
-    pub const ENGINE_LOST: u32 = 1 << 10;
-
-    /// Names of the set bits, for logs and the event stream.
-    pub fn names(bits: u32) -> impl Iterator<Item = &'static str> {
-        const NAMES: [&str; 11] = [
-            "soft_packets",
-            "soft_bytes",
-            "soft_time",
-            "hard",
-            "sequence_low",
-            "sequence_end",
-            "lease_low",
-            "lease_out",
-            "replay_burst",
-            "first_use",
-            "engine_lost",
-        ];
-        NAMES
-            .into_iter()
-            .enumerate()
-            .filter(move |(i, _)| bits >> i & 1 == 1)
-            .map(|(_, n)| n)
-    }
-}
+pub mod event;
+mod limits;
+mod way;
 
 /// What of the SA never changes and is read per packet. Laid out by lines: the first is read in both directions, then
 /// one for inbound, then the outer header's plan, of which IPv4 touches the first line only.
@@ -106,6 +63,8 @@ pub struct Fixed {
     pub inb: Option<InPlan>,
     /// UDP encapsulation.
     pub encap: Option<UdpEncap>,
+    /// Outer source, IPv4 as IPv4-mapped. Inbound: where packets are expected from; ESP in UDP may come from elsewhere.
+    pub src: u128,
     /// Outbound: how to build the outer packet.
     pub out: Option<OutPlan>,
 }
@@ -122,26 +81,6 @@ const _: () = {
     assert!(std::mem::offset_of!(Live, lease_end) + 8 == 128);
     assert!(std::mem::offset_of!(Live, window) == 128 && size_of::<ReplayWindow>() <= 64);
 };
-
-/// Limits as absolute values, `u64::MAX` for none.
-#[derive(Debug)]
-struct Thresholds {
-    soft_packets: u64,
-    soft_bytes: u64,
-    soft_at: u64,
-    hard_packets: u64,
-    hard_bytes: u64,
-    hard_at: u64,
-    last_seq: u64,
-}
-
-/// Where the first of the limits lies: what is below all three needs no further look.
-#[derive(Debug)]
-struct Watch {
-    packets: u64,
-    bytes: u64,
-    at: u64,
-}
 
 /// Per-SA counters; written by the owner.
 #[derive(Debug, Default)]
@@ -175,6 +114,8 @@ pub struct Live {
     watch: Watch,
     events: AtomicU32,
     disabled: AtomicBool,
+    /// Outbound: path MTU learnt from ICMP; the largest number for none.
+    path_mtu: AtomicU16,
     /// Counters.
     pub counters: SaCounters,
     /// Hop of the outer packets and the route table that gave it; see [`SaEntry::hop`].
@@ -184,6 +125,9 @@ pub struct Live {
     pub window: ReplayWindow,
     /// Nanoseconds (gateway clock) of the last packet carried.
     pub last_used: Counter,
+    /// Gateway clock, nanoseconds. Outbound: when the path MTU was learnt. Inbound: when it was last told that the peer's
+    /// mapping has changed, 0 while it has not.
+    noted_at: AtomicU64,
     thresholds: Thresholds,
 }
 
@@ -266,13 +210,6 @@ impl Place {
     };
 }
 
-impl Watch {
-    #[inline(always)]
-    fn reached(&self, packets: u64, bytes: u64, now: u64) -> bool {
-        packets >= self.packets || bytes >= self.bytes || now >= self.at
-    }
-}
-
 impl SaEntry {
     /// Builds the entry; the caller publishes it.
     pub fn new(spec: Arc<SaSpec>, install: Install) -> Self {
@@ -286,25 +223,7 @@ impl SaEntry {
             place,
             now,
         } = install;
-        let at = |s: Option<u64>| {
-            s.map_or(u64::MAX, |s| {
-                now.saturating_add(s.saturating_mul(1_000_000_000))
-            })
-        };
-        let last_seq = if spec.esn {
-            u64::MAX - 1
-        } else {
-            u64::from(u32::MAX)
-        };
-        let thresholds = Thresholds {
-            soft_packets: spec.soft.packets.unwrap_or(u64::MAX),
-            soft_bytes: spec.soft.bytes.unwrap_or(u64::MAX),
-            soft_at: at(spec.soft.seconds),
-            hard_packets: spec.hard.packets.unwrap_or(u64::MAX),
-            hard_bytes: spec.hard.bytes.unwrap_or(u64::MAX),
-            hard_at: at(spec.hard.seconds),
-            last_seq,
-        };
+        let thresholds = Thresholds::new(&spec, now);
         let out = (spec.direction == Direction::Out).then(|| OutPlan::new(&spec));
         let inb = (spec.direction == Direction::In).then(|| InPlan::new(&spec));
         let fixed = Fixed {
@@ -318,6 +237,7 @@ impl SaEntry {
             place,
             encap: spec.encap,
             dst: mapped(spec.dst),
+            src: mapped(spec.src),
             out,
             inb,
             lane: cipher.lane(),
@@ -342,12 +262,10 @@ impl SaEntry {
             lease_low: AtomicU64::new(from.midpoint(lease_end)),
             events: AtomicU32::new(0),
             disabled: AtomicBool::new(false),
+            path_mtu: AtomicU16::new(u16::MAX),
+            noted_at: AtomicU64::new(0),
             hop: AtomicU64::new(u64::MAX),
-            watch: Watch {
-                packets: thresholds.soft_packets.min(thresholds.hard_packets),
-                bytes: thresholds.soft_bytes.min(thresholds.hard_bytes),
-                at: thresholds.soft_at.min(thresholds.hard_at),
-            },
+            watch: Watch::new(&thresholds),
             thresholds,
             last_used: Counter::default(),
             counters: SaCounters::default(),
@@ -360,102 +278,6 @@ impl SaEntry {
             provider,
             installed_at: now,
         }
-    }
-
-    /// Takes the next outbound number for a packet of `bytes`, or says why not. Owner only. `now` is the
-    /// gateway clock in nanoseconds, read once a burst.
-    #[inline]
-    pub fn next_out(&self, bytes: u64, now: u64) -> Result<u64, Refused> {
-        let live = &self.live;
-        let seq = live.next_seq.load(Ordering::Relaxed);
-        let total = live.counters.bytes.value().wrapping_add(bytes);
-        // Below the low mark numbers are on disk: the mark is never behind the lease's end.
-        if seq >= live.lease_low.load(Ordering::Acquire)
-            || live.watch.reached(seq, total, now)
-            || live.disabled.load(Ordering::Relaxed)
-        {
-            self.next_out_near_limit(seq, total, now)?;
-        }
-        live.next_seq.store(seq + 1, Ordering::Relaxed);
-        live.counters.packets.add(1);
-        live.counters.bytes.add(bytes);
-        Ok(seq)
-    }
-
-    #[inline(never)]
-    fn next_out_near_limit(&self, seq: u64, total: u64, now: u64) -> Result<(), Refused> {
-        let live = &self.live;
-        let t = &live.thresholds;
-        if seq >= live.lease_end.load(Ordering::Acquire)
-            || seq > t.hard_packets
-            || total > t.hard_bytes
-            || now >= t.hard_at
-            || live.disabled.load(Ordering::Relaxed)
-        {
-            return Err(self.refuse_out(seq, total, now));
-        }
-        if seq >= t.soft_packets
-            || total >= t.soft_bytes
-            || now >= t.soft_at
-            || seq >= live.lease_low.load(Ordering::Relaxed)
-        {
-            // The packet at hand is counted by the caller.
-            self.soft(seq, total, now);
-        }
-        Ok(())
-    }
-
-    /// Whether an inbound packet may be taken at all, before any crypto is spent on it. Owner only.
-    #[inline]
-    pub fn admit_in(&self, now: u64) -> Result<(), Refused> {
-        let live = &self.live;
-        let (packets, bytes) = (live.counters.packets.value(), live.counters.bytes.value());
-        if live.watch.reached(packets, bytes, now) || live.disabled.load(Ordering::Relaxed) {
-            return self.admit_near_limit(packets, bytes, now);
-        }
-        Ok(())
-    }
-
-    #[inline(never)]
-    fn admit_near_limit(&self, packets: u64, bytes: u64, now: u64) -> Result<(), Refused> {
-        let t = &self.live.thresholds;
-        if now >= t.hard_at || packets >= t.hard_packets || bytes >= t.hard_bytes || self.disabled()
-        {
-            return Err(self.refuse_in(0, now));
-        }
-        Ok(())
-    }
-
-    /// Whether the edge on disk covers an authentic inbound number. Only then it may be accepted: what is accepted
-    /// above the edge could be accepted again after a crash. Owner only.
-    #[inline]
-    pub fn cover_in(&self, seq: u64) -> Result<(), Refused> {
-        if seq >= self.live.lease_low.load(Ordering::Relaxed) {
-            return self.near_edge(seq);
-        }
-        Ok(())
-    }
-
-    /// Counts an authenticated, fresh inbound packet against the limits: the packet that would pass a hard
-    /// limit is refused. Owner only.
-    #[inline]
-    pub fn account_in(&self, bytes: u64, now: u64) -> Result<(), Refused> {
-        let live = &self.live;
-        let packets = live.counters.packets.value() + 1;
-        let total = live.counters.bytes.value().wrapping_add(bytes);
-        let near = live.watch.reached(packets, total, now);
-        if near {
-            let t = &live.thresholds;
-            if packets > t.hard_packets || total > t.hard_bytes {
-                return Err(self.refuse_in(bytes, now));
-            }
-        }
-        live.counters.packets.add(1);
-        live.counters.bytes.add(bytes);
-        if near {
-            self.soft(0, total, now);
-        }
-        Ok(())
     }
 
     /// Raises sticky events. Any thread.
@@ -474,33 +296,6 @@ impl SaEntry {
     /// Clears events that control has handled.
     pub fn clear_events(&self, bits: u32) {
         self.live.events.fetch_and(!bits, Ordering::AcqRel);
-    }
-
-    /// Next outbound number.
-    pub fn next_seq(&self) -> u64 {
-        self.live.next_seq.load(Ordering::Relaxed)
-    }
-
-    /// How far the keeper of leases has to look ahead: the next outbound number, or the highest authentic inbound
-    /// number that arrived, whether it was accepted or not.
-    pub fn reached(&self) -> u64 {
-        match self.fixed.direction {
-            Direction::Out => self.next_seq(),
-            Direction::In => self.next_seq().max(self.live.window.top()),
-        }
-    }
-
-    /// First number that is not on disk yet: to send, or to accept.
-    pub fn lease_end(&self) -> u64 {
-        self.live.lease_end.load(Ordering::Relaxed)
-    }
-
-    /// Moves the lease's end. Only the keeper of leases calls this, with an `end` that is durable; `low` is the number
-    /// from which [`event::LEASE_LOW`] is raised. A lower end binds workers with their next burst.
-    pub fn extend_lease(&self, end: u64, low: u64) {
-        self.live.lease_low.store(low.min(end), Ordering::Release);
-        self.live.lease_end.store(end, Ordering::Release);
-        self.clear_events(event::LEASE_LOW);
     }
 
     /// Stops or resumes the SA: operator, expiry, quarantine.
@@ -527,100 +322,6 @@ impl SaEntry {
         crate::prefetch::read_lines(&self.fixed, 2);
         crate::prefetch::read(&self.live.lease_low);
         crate::prefetch::read(&self.live.window);
-    }
-
-    /// Where the outer packets go, as remembered from the route table of this generation.
-    #[inline(always)]
-    pub fn hop(&self, generation: u32) -> Option<HopIdx> {
-        let hop = self.live.hop.load(Ordering::Relaxed);
-        let [a, b, c, d, e, f, g, h] = hop.to_le_bytes();
-        (u32::from_le_bytes([e, f, g, h]) == generation && hop != u64::MAX)
-            .then(|| HopIdx(u32::from_le_bytes([a, b, c, d])))
-    }
-
-    /// Remembers where the outer packets go. Owner only.
-    #[inline]
-    pub fn remember_hop(&self, generation: u32, hop: HopIdx) {
-        let value = u64::from(generation) << 32 | u64::from(hop.0);
-        self.live.hop.store(value, Ordering::Relaxed);
-    }
-
-    #[cold]
-    fn refuse_out(&self, seq: u64, total: u64, now: u64) -> Refused {
-        let t = &self.live.thresholds;
-        self.live.counters.limit.add(1);
-        if self.disabled() {
-            return DropReason::SaDisabled;
-        }
-        let reason = if seq > t.hard_packets {
-            DropReason::HardPackets
-        } else if total > t.hard_bytes {
-            DropReason::HardBytes
-        } else if now >= t.hard_at {
-            DropReason::HardTime
-        } else if seq > t.last_seq {
-            self.raise(event::SEQUENCE_END);
-            return DropReason::SequenceExhausted;
-        } else {
-            self.raise(event::LEASE_OUT);
-            return DropReason::LeaseExhausted;
-        };
-        self.raise(event::HARD);
-        reason
-    }
-
-    #[cold]
-    fn near_edge(&self, seq: u64) -> Result<(), Refused> {
-        if seq < self.live.lease_end.load(Ordering::Acquire) {
-            self.raise(event::LEASE_LOW);
-            return Ok(());
-        }
-        if seq > self.next_seq() {
-            self.live.next_seq.store(seq, Ordering::Relaxed);
-        }
-        self.live.counters.limit.add(1);
-        self.raise(event::LEASE_LOW | event::LEASE_OUT);
-        Err(DropReason::WindowEdge)
-    }
-
-    #[cold]
-    fn refuse_in(&self, bytes: u64, now: u64) -> Refused {
-        let t = &self.live.thresholds;
-        self.live.counters.limit.add(1);
-        if self.disabled() {
-            return DropReason::SaDisabled;
-        }
-        self.raise(event::HARD);
-        if now >= t.hard_at {
-            DropReason::HardTime
-        } else if self.live.counters.packets.value() >= t.hard_packets {
-            DropReason::HardPackets
-        } else {
-            debug_assert!(self.live.counters.bytes.value().wrapping_add(bytes) >= t.hard_bytes);
-            DropReason::HardBytes
-        }
-    }
-
-    #[cold]
-    fn soft(&self, seq: u64, total: u64, now: u64) {
-        let t = &self.live.thresholds;
-        let mut bits = 0;
-        if self.live.counters.packets.value().max(seq) >= t.soft_packets {
-            bits |= event::SOFT_PACKETS;
-        }
-        if total >= t.soft_bytes {
-            bits |= event::SOFT_BYTES;
-        }
-        if now >= t.soft_at {
-            bits |= event::SOFT_TIME;
-        }
-        if seq != 0 && seq >= self.live.lease_low.load(Ordering::Relaxed) {
-            bits |= event::LEASE_LOW;
-        }
-        if seq > t.last_seq / 8 * 7 {
-            bits |= event::SEQUENCE_LOW;
-        }
-        self.raise(bits);
     }
 }
 

@@ -252,3 +252,40 @@ pub struct SaSpec {
     /// Engine wanted by name; `None` is "auto" for offload modes.
     pub engine: Option<String>,
 }
+
+impl SaSpec {
+    /// An SA that every gateway and engine can carry, to be changed where it shall differ: an IPv4 tunnel between
+    /// documentation addresses (RFC 5737), 32-bit numbers, a window of 64 packets, first use of its keys, no limits, on the CPU.
+    /// Its tunnel has its name.
+    pub fn plain(name: &str, direction: Direction, spi: Spi, suite: Suite, keys: SaKeys) -> SaSpec {
+        SaSpec {
+            name: name.into(),
+            tunnel: name.into(),
+            direction,
+            spi,
+            src: [192, 0, 2, 1].into(),
+            dst: [192, 0, 2, 2].into(),
+            mode: Mode::Tunnel,
+            suite,
+            keys,
+            encap: None,
+            esn: false,
+            replay_window: 64,
+            first_use: true,
+            soft: Limits::default(),
+            hard: Limits::default(),
+            dscp: Dscp::Copy,
+            df: Df::Copy,
+            ecn: true,
+            ttl: 64,
+            pmtu: None,
+            tfc: Tfc::Off,
+            mss_clamp: false,
+            vrf: Vrf::default(),
+            if_id: IfId::default(),
+            selectors: Vec::new(),
+            offload: OffloadMode::Software,
+            engine: None,
+        }
+    }
+}

@@ -7,6 +7,7 @@ use arc_swap::cache::Cache;
 
 use crate::chunked::Chunked;
 use crate::fib::Fib;
+use crate::local::Locals;
 use crate::quiesce::Quiesce;
 use crate::runtime::{SaEntry, TunnelIdx};
 use crate::sa::SaId;
@@ -42,6 +43,8 @@ pub struct Snapshot {
     pub spd_in: Arc<Spd>,
     /// Routes.
     pub fib: Arc<Fib>,
+    /// The gateway's own addresses.
+    pub locals: Arc<Locals>,
 }
 
 impl Snapshot {

@@ -8,12 +8,15 @@
 //!                                with them, and their slots may be used again
 //! ```
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use crate::chunked::Chunked;
 use crate::cipher::{CipherError, CipherFactory};
-use crate::fib::Fib;
+use crate::fib::{Fib, RouteTo};
+use crate::local::Locals;
 use crate::quiesce::Quiesce;
 use crate::runtime::{Install, Place, SaEntry, Start, TunnelIdx, mapped};
 use crate::sa::{Direction, SaId, SaSpec};
@@ -119,8 +122,10 @@ pub struct Tunnel {
     pub past_out: Totals,
     /// Inbound counts of SAs that are gone.
     pub past_in: Totals,
-    /// Outbound SAs installed so far after the first: rekeys.
+    /// How often another outbound SA took over: rekeys.
     pub rekeys: u64,
+    /// When it was the last time.
+    pub last_rekey: Option<SystemTime>,
 }
 
 /// The store; control owns it.
@@ -134,6 +139,8 @@ pub struct Store {
     generations: Vec<u32>,
     free: Vec<u32>,
     max_sas: u32,
+    /// By how many per cent soft limits come earlier at most, and the chance that decides.
+    jitter: Option<(u8, RandomState)>,
 }
 
 /// A state in the making. Dropping it changes nothing, except that tunnels named in it keep their index.
@@ -142,6 +149,8 @@ pub struct Draft {
     snapshot: Snapshot,
     removed: Vec<Arc<SaEntry>>,
     taken: Vec<u32>,
+    /// Tunnels whose sender was set.
+    switched: BTreeSet<TunnelIdx>,
 }
 
 impl Store {
@@ -156,6 +165,7 @@ impl Store {
             spd_out: Arc::new(Spd::empty(Direction::Out)),
             spd_in: Arc::new(Spd::empty(Direction::In)),
             fib: Arc::new(Fib::default()),
+            locals: Arc::new(Locals::default()),
         };
         let shared = Shared {
             current: Arc::new(ArcSwap::from_pointee(snapshot)),
@@ -170,7 +180,21 @@ impl Store {
             generations: Vec::new(),
             free: Vec::new(),
             max_sas,
+            jitter: None,
         }
+    }
+
+    /// From now on hard limits of new SAs have soft ones before them, and soft limits come earlier by chance, at most by so many per cent: SAs that began
+    /// together do not expire together.
+    pub fn set_jitter(&mut self, percent: u8) {
+        self.jitter = Some((percent.min(100), RandomState::new()));
+    }
+
+    /// What part of its soft limits an SA is to lose, of 65 536; `None`: limits are taken as they are.
+    fn early(&self, id: SaId, now: u64) -> Option<u16> {
+        let (percent, chance) = self.jitter.as_ref()?;
+        let part = (chance.hash_one((id, now)) >> 48) * u64::from(*percent) / 100;
+        u16::try_from(part).ok()
     }
 
     /// What workers read from.
@@ -189,10 +213,11 @@ impl Store {
             snapshot: Snapshot::clone(&self.shared.current.load()),
             removed: Vec::new(),
             taken: Vec::new(),
+            switched: BTreeSet::new(),
         }
     }
 
-    /// Index of a tunnel, given on first mention and kept for good.
+    /// Index of a tunnel, given on first mention and kept until it is [forgotten](Self::forget_tunnels).
     pub fn tunnel(&mut self, name: &str) -> TunnelIdx {
         if let Some(idx) = self.by_name.get(name) {
             return *idx;
@@ -211,7 +236,33 @@ impl Store {
         self.by_name.get(name).copied()
     }
 
-    /// All tunnels by index.
+    /// Tunnels that have a name.
+    pub fn named_tunnels(&self) -> usize {
+        self.by_name.len()
+    }
+
+    /// Forgets the tunnels that are not wanted and that no SA and no route names any more: their names and what they have
+    /// counted. Their indices are not given to others, as packets, flow caches and reports may still carry them.
+    pub fn forget_tunnels(&mut self, wanted: &HashSet<&str>) {
+        let current = self.shared.current.load();
+        let sas = current.sas.iter().flatten();
+        let sas = sas.chain(self.retiring.iter().map(|(_, e)| e));
+        let routes = current.fib.routes().iter().filter_map(|r| match r.to {
+            RouteTo::Tunnel(t) => Some(t),
+            _ => None,
+        });
+        let used: HashSet<TunnelIdx> = sas.map(|e| e.fixed.tunnel).chain(routes).collect();
+        let tunnels = &mut self.tunnels;
+        self.by_name.retain(|name, idx| {
+            let stays = wanted.contains(name.as_str()) || used.contains(idx);
+            if !stays && let Some(t) = tunnels.get_mut(idx.0 as usize) {
+                *t = Tunnel::default();
+            }
+            stays
+        });
+    }
+
+    /// All tunnels by index; forgotten ones have no name.
     pub fn tunnels(&self) -> &[Tunnel] {
         &self.tunnels
     }
@@ -312,7 +363,9 @@ impl Store {
             .max(1);
         // Both directions of a tunnel live on one worker.
         let owner = u16::try_from(tunnel.0 % workers).unwrap_or(0);
-        let entry = Arc::new(SaEntry::new(
+        // A daemon has limits and chance of its own.
+        let ours = !spec.name.starts_with(crate::file::MIRROR_PREFIX);
+        let mut entry = SaEntry::new(
             spec,
             Install {
                 id,
@@ -324,9 +377,14 @@ impl Store {
                 place,
                 now,
             },
-        ));
+        );
+        if ours && let Some(early) = self.early(id, now) {
+            entry.hasten(early);
+        }
+        let entry = Arc::new(entry);
+        draft.snapshot.sas.set(index, Some(Arc::clone(&entry)));
         match entry.fixed.direction {
-            Direction::In => draft.snapshot.sad.insert(Arc::clone(&entry)),
+            Direction::In => draft.snapshot.sad.insert(entry),
             Direction::Out => {
                 draft.set_outbound(tunnel, id);
                 if entry.spec.tfc.dummies() != 0 {
@@ -334,7 +392,6 @@ impl Store {
                 }
             }
         }
-        draft.snapshot.sas.set(index, Some(entry));
         Ok(id)
     }
 
@@ -343,18 +400,20 @@ impl Store {
         let Draft {
             mut snapshot,
             removed,
-            taken,
+            switched,
+            ..
         } = draft;
         let old = self.shared.current.load_full();
         snapshot.epoch = old.epoch + 1;
-        for index in taken {
-            if let Some(e) = snapshot.sa_at(index)
-                && e.fixed.direction == Direction::Out
-                && let Some(t) = self.tunnels.get_mut(e.fixed.tunnel.0 as usize)
+        for idx in switched {
+            let (before, after) = (old.tunnels.at(idx.0).out, snapshot.tunnels.at(idx.0).out);
+            if let Some(t) = self.tunnels.get_mut(idx.0 as usize)
+                && after != NO_SA
+                && after != before
+                && (before != NO_SA || t.past_out.packets > 0)
             {
-                t.rekeys += u64::from(
-                    old.tunnels.at(e.fixed.tunnel.0).out != NO_SA || t.past_out.packets > 0,
-                );
+                t.rekeys += 1;
+                t.last_rekey = Some(SystemTime::now());
             }
         }
         self.retiring
@@ -400,6 +459,11 @@ impl Store {
         self.superseded.is_empty()
     }
 
+    /// Every awake worker has this state, or a later one, in its hands and nothing older.
+    pub fn acknowledged(&self) -> u64 {
+        self.shared.quiesce.oldest_in_use()
+    }
+
     /// SAs removed but not yet out of use.
     pub fn retiring(&self) -> usize {
         self.retiring.len()
@@ -434,9 +498,20 @@ impl Draft {
 
     /// Makes an outbound SA the sender of its tunnel.
     pub fn set_outbound(&mut self, tunnel: TunnelIdx, id: SaId) {
-        self.snapshot
-            .tunnels
-            .set(tunnel.0, TunnelSlot { out: id.index });
+        self.set_sender(tunnel, Some(id));
+    }
+
+    /// Makes an outbound SA the sender of its tunnel, or leaves the tunnel without one.
+    pub fn set_sender(&mut self, tunnel: TunnelIdx, id: Option<SaId>) {
+        let before = self.snapshot.outbound(tunnel);
+        if let (Some(before), Some(entry)) = (before, id.and_then(|id| self.snapshot.sa(id))) {
+            entry.inherit_path_mtu(before);
+        }
+        let out = id.map_or(NO_SA, |id| id.index);
+        if self.snapshot.tunnels.at(tunnel.0).out != out {
+            self.snapshot.tunnels.set(tunnel.0, TunnelSlot { out });
+            self.switched.insert(tunnel);
+        }
     }
 
     /// Replaces the policies.
@@ -448,6 +523,11 @@ impl Draft {
     /// Replaces the routes.
     pub fn set_fib(&mut self, fib: Arc<Fib>) {
         self.snapshot.fib = fib;
+    }
+
+    /// Replaces the gateway's own addresses.
+    pub fn set_locals(&mut self, locals: Arc<Locals>) {
+        self.snapshot.locals = locals;
     }
 }
 

@@ -163,3 +163,119 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn neighbours_that_are_added_change_no_route() {
+    let net = route("192.0.2.0", 24, RouteTo::OnLink { port: 3 });
+    let before = Fib::build(&[net], Neighbours::default()).unwrap();
+    let mut more = before.neighbours().clone();
+    let hop = more.add(3, "192.0.2.9".parse().unwrap());
+    more.learn(hop, [2, 0, 0, 0, 0, 9]);
+    let after = before.with_neighbours(more);
+    assert_ne!(before.generation(), after.generation());
+    assert_eq!(after.routes(), before.routes());
+    assert_eq!(
+        before.lookup(Vrf(0), at("192.0.2.9"), 0),
+        Hop::Unresolved { port: 3 }
+    );
+    assert_eq!(
+        after.lookup(Vrf(0), at("192.0.2.9"), 0),
+        Hop::Neighbour(hop)
+    );
+    assert_eq!(after.address(hop), Some(at("192.0.2.9")));
+}
+
+#[test]
+fn neighbours_that_are_kept_keep_their_link_address_under_a_new_number() {
+    let mut n = Neighbours::default();
+    for last in 1..=9 {
+        let hop = n.add(0, IpAddr::from([192, 0, 2, last]));
+        n.learn(hop, [2, 0, 0, 0, 0, last]);
+    }
+    n.retain(|_, addr| addr == IpAddr::from([192, 0, 2, 7]));
+    assert_eq!(n.len(), 1);
+    let kept: Vec<_> = n.iter().collect();
+    assert_eq!(
+        kept,
+        [(0, IpAddr::from([192, 0, 2, 7]), Some([2, 0, 0, 0, 0, 7]))]
+    );
+    assert_eq!(n.find(0, IpAddr::from([192, 0, 2, 7])), Some(HopIdx(0)));
+    assert_eq!(n.find(0, IpAddr::from([192, 0, 2, 1])), None);
+}
+
+#[test]
+fn a_path_that_is_given_three_times_gets_three_quarters() {
+    let via = |last| RouteTo::Via {
+        port: 1,
+        gateway: IpAddr::from([192, 0, 2, last]),
+    };
+    let fib = Fib::build(
+        &[1, 1, 1, 2].map(|last| route("10.0.0.0", 8, via(last))),
+        Neighbours::default(),
+    )
+    .unwrap();
+    let first = fib.neighbours().find(1, IpAddr::from([192, 0, 2, 1]));
+    let hits = (0..4000_u32)
+        .filter(|h| match fib.lookup(Vrf(0), at("10.0.0.1"), *h) {
+            Hop::Neighbour(hop) => Some(hop) == first,
+            _ => false,
+        })
+        .count();
+    assert!((2900..3100).contains(&hits), "{hits}");
+}
+
+#[test]
+fn the_prefix_that_decides_is_told() {
+    let fib = Fib::build(
+        &[
+            route("10.0.0.0", 8, RouteTo::Blackhole),
+            route("10.1.0.0", 16, RouteTo::Local),
+            route("2001:db8::", 32, RouteTo::Local),
+        ],
+        Neighbours::default(),
+    )
+    .unwrap();
+    let prefix = |a| fib.prefix(Vrf(0), at(a)).map(|(a, l)| format!("{a}/{l}"));
+    assert_eq!(prefix("10.1.2.3").as_deref(), Some("10.1.0.0/16"));
+    assert_eq!(prefix("10.2.2.3").as_deref(), Some("10.0.0.0/8"));
+    assert_eq!(prefix("2001:db8::5").as_deref(), Some("2001:db8::/32"));
+    assert_eq!(prefix("192.0.2.1"), None);
+}
+
+/// A full table of the internet: run with `--ignored --nocapture` for the time that it takes.
+#[test]
+#[ignore = "takes seconds; for its figures"]
+fn a_full_table_is_built_in_seconds() {
+    let mut state = 1_u64;
+    let mut random = move || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        u32::try_from(state >> 32).unwrap_or(0)
+    };
+    let mut routes = Vec::new();
+    for i in 0..1_000_000_u32 {
+        let len = [24, 24, 24, 24, 23, 22, 21, 20, 16][(i % 9) as usize];
+        let gateway = IpAddr::from([192, 0, 2, u8::try_from(i % 16).unwrap_or(0)]);
+        routes.push(Route {
+            vrf: Vrf(0),
+            addr: IpAddr::from((random() & (u32::MAX << (32 - u32::from(len)))).to_be_bytes()),
+            len,
+            to: RouteTo::Via { port: 1, gateway },
+        });
+    }
+    for _ in 0..200_000_u32 {
+        let addr = u128::from(0x2000 | random() >> 20) << 112 | u128::from(random()) << 80;
+        routes.push(Route {
+            vrf: Vrf(0),
+            addr: IpAddr::V6(addr.into()),
+            len: 48,
+            to: RouteTo::OnLink { port: 1 },
+        });
+    }
+    let began = std::time::Instant::now();
+    let fib = Fib::from_routes(routes, Neighbours::default()).unwrap();
+    let took = began.elapsed();
+    println!("{} routes in {took:?}", fib.routes().len());
+    assert!(took < std::time::Duration::from_secs(30));
+}

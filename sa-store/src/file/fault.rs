@@ -150,6 +150,9 @@ pub enum Fault {
         /// Longest name.
         max: usize,
     },
+    /// Names that begin so are those of tunnels, SAs and policies of an IKE daemon.
+    #[error("\"{0}\" is refused: names that begin with \"ike:\" belong to the IKE daemon")]
+    ReservedName(String),
     /// No such suite.
     #[error("unknown suite \"{got}\"; {}", hint(.suggestion, "one of", .known))]
     UnknownSuite {

@@ -23,8 +23,8 @@ use std::path::{Path, PathBuf};
 
 pub use fault::{Fault, Location, Problem, Problems, Weakness};
 pub use model::{
-    Config, DEFAULT_TTL, DEFAULT_WINDOW, MAX_WINDOW, Origins, SaIdentity, Settings, Tunnel,
-    default_sa_name,
+    Config, DEFAULT_TTL, DEFAULT_WINDOW, MAX_WINDOW, MIRROR_PREFIX, Origins, SaIdentity, Settings,
+    Tunnel, default_sa_name,
 };
 pub use schema::json_schema;
 pub use write::{WriteError, to_toml};
@@ -34,17 +34,33 @@ use keyfile::{MAX_SA_FILE, Opened};
 
 use check::Assembler;
 
-/// Loads an SA file, or every `*.toml` of a directory (hidden files excepted) in the order of names.
+/// How often a directory is read anew because files come and go.
+const TRIES: usize = 16;
+
+/// Loads an SA file, or every `*.toml` of a directory (hidden files excepted) in the order of names. Files that come, go or
+/// are renamed meanwhile are neither missed nor missing: the directory is read again then.
 ///
 /// # Errors
 /// All problems of all files, in the order of the text.
 pub fn load(path: &Path) -> Result<Config, Problems> {
+    let mut files = files_of(path)?;
+    for _ in 0..TRIES {
+        let config = load_all(&files);
+        let now = files_of(path)?;
+        if now == files {
+            return config;
+        }
+        files = now;
+    }
+    load_all(&files)
+}
+
+fn load_all(files: &[PathBuf]) -> Result<Config, Problems> {
     let mut problems = Problems::default();
     let mut assembler = Assembler::default();
-    for file in files_of(path)? {
-        let whole = Location::whole(&file);
-        match Opened::new(&file).and_then(|f| read_checked(f, &file, &mut assembler, &mut problems))
-        {
+    for file in files {
+        let whole = Location::whole(file);
+        match Opened::new(file).and_then(|f| read_checked(f, file, &mut assembler, &mut problems)) {
             Ok(()) => {}
             Err(fault) => problems.push(&whole, fault),
         }

@@ -14,6 +14,9 @@ use super::fault::Location;
 pub const DEFAULT_WINDOW: u32 = 1024;
 pub use crate::replay::MAX_WINDOW;
 
+/// Begins the names of tunnels, SAs and policies that an IKE daemon gave; none of a file may begin so.
+pub const MIRROR_PREFIX: &str = "ike:";
+
 /// Outer TTL or hop limit of SAs that do not say otherwise.
 pub const DEFAULT_TTL: u8 = 64;
 

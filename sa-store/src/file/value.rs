@@ -11,6 +11,7 @@ use crate::sa::{Df, Direction, Dscp, Mode, OffloadMode};
 use crate::suite::Suite;
 
 use super::fault::{Fault, nearest};
+use super::model::MIRROR_PREFIX;
 
 /// Longest name of a tunnel or policy, bytes.
 pub(crate) const MAX_NAME: usize = 63;
@@ -135,7 +136,7 @@ fn bad(key: &str, got: &str, want: impl Into<String>) -> Fault {
     }
 }
 
-/// A name of at most `max` bytes.
+/// A name of at most `max` bytes, not one of the IKE daemon's.
 pub(crate) fn name(got: &str, max: usize) -> Result<String, Fault> {
     let ok = |b: u8| b.is_ascii_alphanumeric() || b"._:@+/-".contains(&b);
     if got.is_empty() || got.len() > max || !got.bytes().all(ok) {
@@ -143,6 +144,9 @@ pub(crate) fn name(got: &str, max: usize) -> Result<String, Fault> {
             name: shown(got),
             max,
         });
+    }
+    if got.starts_with(MIRROR_PREFIX) {
+        return Err(Fault::ReservedName(shown(got)));
     }
     Ok(got.to_owned())
 }

@@ -22,6 +22,7 @@ use std::path::Path;
 use crate::file::{Config, Fault, Location, Problem, Problems};
 
 use draft::Draft;
+pub use xfrm::{KernelAlgorithms, kernel_suite};
 
 /// Where the text comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,7 +12,7 @@ use crate::suite::{AeadIcv, Hmac};
 
 use super::algorithms::{Enc, suite, unknown};
 use super::draft::{ActionDraft, Draft, Link, PolicyDraft, SaDraft, check_sa};
-use super::words::{End, Word, Words, key, number, statements};
+use super::words::{End, Word, Words, key, number, statements, udp_port};
 
 type Fail = (Location, Fault);
 
@@ -123,7 +123,7 @@ fn add(w: &mut Words<'_>) -> Result<SaDraft, Fail> {
     let suite = suite(enc, enc_key.len(), hmac).map_err(|f| (key_at.clone(), f))?;
     let port = |p: Option<&str>| match p {
         None => Ok(4500),
-        Some(p) => number::<u16>("port", p).map_err(|f| (at.clone(), f)),
+        Some(p) => udp_port("port", p).map_err(|f| (at.clone(), f)),
     };
     let encap = if udp {
         Some(UdpEncap {

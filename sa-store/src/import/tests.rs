@@ -272,6 +272,11 @@ fn what_the_gateway_cannot_do_is_refused_with_its_place() {
             "encap type espintcp sport 1 dport 1 addr 0.0.0.0",
             "espinudp",
         ),
+        (
+            "encap type espinudp sport 4500 dport 0 addr 0.0.0.0",
+            "never 0",
+        ),
+        ("limit packet-hard 0", "a limit of 0"),
     ] {
         let text = refused(&(with(line) + POLICIES), Format::Xfrm);
         assert!(text.contains(needle), "{line}: {text}");
@@ -283,6 +288,7 @@ fn what_the_gateway_cannot_do_is_refused_with_its_place() {
         ("0x000102", "0x0001zz", "not hexadecimal at its character 7"),
         ("dport 443", "dport 443 dev eth0", "interface id"),
         ("level required", "level use", "never optional"),
+        ("soft (INF)(packets)", "soft 0(packets)", "a limit of 0"),
         ("dir in priority", "socket in priority", "one socket"),
     ] {
         let text = (STATES.to_owned() + POLICIES).replace("1e1f20 128", "1e1f10 128");

@@ -109,6 +109,19 @@ pub(in crate::import) fn number<T: TryFrom<u64>>(
         })
 }
 
+/// A port of the outer UDP header (RFC 3948), which is never 0.
+pub(in crate::import) fn udp_port(what: &str, s: &str) -> std::result::Result<u16, Fault> {
+    match number(what, s)? {
+        0 => Err(Fault::BadValue {
+            key: what.to_owned(),
+            got: shown(s),
+            suggestion: None,
+            want: "a UDP port, which is never 0".into(),
+        }),
+        port => Ok(port),
+    }
+}
+
 /// Key material: `0x` and hexadecimal digits, bytes set apart by `:` (ipsec-secgw), or else the characters
 /// themselves, which both ip and setkey take for keys.
 pub(in crate::import) fn key(

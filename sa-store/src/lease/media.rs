@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 
-use super::store::LeaseError;
+use super::error::LeaseError;
 
 /// A file of the lease store. Writes may be reordered, torn or lost until [`sync`](Self::sync) returns.
 pub trait Media {
@@ -55,16 +55,17 @@ impl Media for Vec<u8> {
     }
 }
 
-/// The file `leases` of a directory that one process holds locked.
+/// A file of a directory that one process holds locked.
 #[derive(Debug)]
 pub struct DiskMedia {
     file: File,
-    /// Held until drop; the lock is on the directory, so that it is there before the file.
-    _lock: Flock<File>,
+    /// Held until drop by the file of the records; the lock is on the directory, so that it is there before the file.
+    _lock: Option<Flock<File>>,
 }
 
 const FILE: &str = "leases";
 const NEW_FILE: &str = "leases.new";
+const RETIRED: &str = "retired";
 
 impl DiskMedia {
     /// Opens or creates the store in `dir`; `first` is what a new file begins with.
@@ -93,13 +94,28 @@ impl DiskMedia {
         if !path.exists() {
             create_file(dir, first)?;
         }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_CLOEXEC)
-            .open(&path)
-            .map_err(io_error("open", &path))?;
-        Ok(Self { file, _lock: lock })
+        let file = open_private(&path, false)?;
+        Ok(Self {
+            file,
+            _lock: Some(lock),
+        })
+    }
+
+    /// The same file once more, for the thread that writes and syncs. The lock stays with `self`.
+    pub(super) fn again(&self) -> io::Result<Self> {
+        let file = self.file.try_clone()?;
+        Ok(Self { file, _lock: None })
+    }
+
+    /// Opens or creates the file of retired keys in `dir`, whose lock the caller has.
+    pub(super) fn open_retired(dir: &Path) -> Result<Self, LeaseError> {
+        let path = dir.join(RETIRED);
+        let is_new = !path.exists();
+        let file = open_private(&path, true)?;
+        if is_new {
+            sync_dir(dir)?;
+        }
+        Ok(Self { file, _lock: None })
     }
 }
 
@@ -119,6 +135,18 @@ impl Media for DiskMedia {
     fn sync(&mut self) -> io::Result<()> {
         self.file.sync_data()
     }
+}
+
+fn open_private(path: &Path, create: bool) -> Result<File, LeaseError> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(create)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_CLOEXEC)
+        .open(path)
+        .map_err(io_error("open", path))
 }
 
 /// `io::Error` with what was tried on what.

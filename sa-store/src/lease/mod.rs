@@ -26,15 +26,27 @@
 //! Records are found by a keyed hash of the key material, not by SPI or name: renaming an SA or giving it
 //! another SPI, ICV length or ESN setting does not start its numbers anew. A key without a record is
 //! refused unless the operator says `first_use`.
+//!
+//! # Keys that never come back
+//! An IKE daemon negotiates a key once. Its record stays for a day after its SA is gone; then it goes into a filter of bounded size
+//! ([`LeaseStore::sweep`]) that never takes one of its keys for a new one. So the store does not grow with the number of
+//! rekeys, and a key that comes again all the same (an operator who adds the SA by hand) is refused.
 
+mod error;
 mod media;
 mod page;
 pub mod policy;
+mod records;
+mod retired;
+mod serve;
+mod stage;
 mod store;
+mod sweep;
 mod writer;
 
+pub use error::LeaseError;
 pub use media::{DiskMedia, Media};
-pub use store::{KeyId, LeaseError, LeaseHandle, LeaseStore, Resume, Update};
+pub use store::{KeyId, LeaseHandle, LeaseStore, Resume, Update};
 pub use writer::{Lease, LeaseWriter, OnFailure, Release};
 
 /// Entry for fuzzers: any bytes as a store's file. Opening, claiming and committing must not panic.

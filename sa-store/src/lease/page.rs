@@ -5,7 +5,7 @@
 //! block 1, 2   two copies of the extent table: a page whose first record counts the finished extents
 //! extent e     copy 0 of PAGES pages, then copy 1 of the same pages
 //! page copy    magic 8 | page number 8 | generation 8 | zero 8 | SHA-256 32 | 63 records of 64
-//! record       key id 32 | value 8 | kind 1 | zeros 23
+//! record       key id 32 | value 8 | kind 1 | passing 1 | zeros 22
 //! ```
 //!
 //! All numbers are little-endian. The page's digest covers the page with the digest itself as zeros. A page
@@ -27,7 +27,8 @@ pub(super) const FIRST: usize = 3;
 /// Records of a page.
 pub(super) const RECORDS: usize = (BLOCK - HEAD) / RECORD;
 
-const HEAD: usize = 64;
+/// Bytes of a page before what it holds.
+pub(super) const HEAD: usize = 64;
 const RECORD: usize = 64;
 const PAGE_MAGIC: [u8; 8] = *b"ESPpage1";
 const FILE_MAGIC: [u8; 8] = *b"ESPlease";
@@ -48,6 +49,8 @@ pub(super) struct Record {
     pub(super) key: KeyId,
     pub(super) kind: Kind,
     pub(super) value: u64,
+    /// Whoever gave the key never gives it again: once it is out of use for long, it is retired.
+    pub(super) passing: bool,
 }
 
 /// The records of one page.
@@ -64,6 +67,17 @@ pub(super) enum Found {
     Bad,
 }
 
+/// What a block's head says of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Whole {
+    /// Nothing but zeros: never written.
+    Blank,
+    /// Whole, of this generation.
+    Good(u64),
+    /// Torn or damaged.
+    Bad,
+}
+
 /// Offset of a page copy in the file.
 pub(super) fn offset(page: usize, copy: usize) -> u64 {
     let block = if page == TABLE {
@@ -72,6 +86,12 @@ pub(super) fn offset(page: usize, copy: usize) -> u64 {
         FIRST + (page / PAGES * 2 + copy) * PAGES + page % PAGES
     };
     u64::try_from(block * BLOCK).unwrap_or(u64::MAX)
+}
+
+/// Where the blocks of an extent lie.
+pub(super) fn extent(extent: usize) -> impl Iterator<Item = u64> {
+    let pages = extent * PAGES..(extent + 1) * PAGES;
+    (0..2).flat_map(move |copy| pages.clone().map(move |page| offset(page, copy)))
 }
 
 /// Length of the file with so many extents.
@@ -107,35 +127,52 @@ pub(super) fn decode_header(b: &[u8; BLOCK]) -> Result<[u8; 32], &'static str> {
 /// The bytes of a page copy.
 pub(super) fn encode_page(page: usize, generation: u64, records: &Records) -> Box<[u8; BLOCK]> {
     let mut b = Box::new([0u8; BLOCK]);
-    put(&mut b[..], 0, &PAGE_MAGIC);
-    put(&mut b[..], 8, &page_number(page).to_le_bytes());
-    put(&mut b[..], 16, &generation.to_le_bytes());
     for (i, r) in records.iter().enumerate() {
         if let Some(r) = r {
             let at = HEAD + i * RECORD;
             put(&mut b[..], at, &r.key.0);
             put(&mut b[..], at + 32, &r.value.to_le_bytes());
-            put(&mut b[..], at + 40, &[kind_code(r.kind)]);
+            put(&mut b[..], at + 40, &[kind_code(r.kind), r.passing.into()]);
         }
     }
-    let digest = Sha256::digest(&b[..]);
-    put(&mut b[..], 32, &digest);
+    seal(&mut b, PAGE_MAGIC, page_number(page), generation);
     b
 }
 
-/// Judges the bytes of a page copy.
-pub(super) fn decode_page(page: usize, b: &[u8; BLOCK]) -> Found {
+/// Writes a block's head: what it is, which one, and a digest of all of it.
+pub(super) fn seal(b: &mut [u8; BLOCK], magic: [u8; 8], number: u64, generation: u64) {
+    put(b, 0, &magic);
+    put(b, 8, &number.to_le_bytes());
+    put(b, 16, &generation.to_le_bytes());
+    put(b, 32, &[0; 32]);
+    let digest = Sha256::digest(&b[..]);
+    put(b, 32, &digest);
+}
+
+/// Judges a block by its head.
+pub(super) fn judge(b: &[u8; BLOCK], magic: [u8; 8], number: u64) -> Whole {
     if b.iter().all(|x| *x == 0) {
-        return Found::Blank;
+        return Whole::Blank;
     }
     let mut plain = *b;
     put(&mut plain, 32, &[0; 32]);
     let whole = Sha256::digest(plain).as_slice() == take::<32>(b, 32)
-        && take::<8>(b, 0) == PAGE_MAGIC
-        && u64::from_le_bytes(take(b, 8)) == page_number(page);
-    if !whole {
-        return Found::Bad;
+        && take::<8>(b, 0) == magic
+        && u64::from_le_bytes(take(b, 8)) == number;
+    if whole {
+        Whole::Good(u64::from_le_bytes(take(b, 16)))
+    } else {
+        Whole::Bad
     }
+}
+
+/// Judges the bytes of a page copy.
+pub(super) fn decode_page(page: usize, b: &[u8; BLOCK]) -> Found {
+    let generation = match judge(b, PAGE_MAGIC, page_number(page)) {
+        Whole::Blank => return Found::Blank,
+        Whole::Bad => return Found::Bad,
+        Whole::Good(generation) => generation,
+    };
     let mut records: Box<Records> = Box::new([None; RECORDS]);
     for (i, slot) in records.iter_mut().enumerate() {
         let at = HEAD + i * RECORD;
@@ -149,9 +186,10 @@ pub(super) fn decode_page(page: usize, b: &[u8; BLOCK]) -> Found {
             key: KeyId(take(b, at)),
             kind,
             value: u64::from_le_bytes(take(b, at + 32)),
+            passing: take::<1>(b, at + 41) == [1],
         });
     }
-    Found::Good(u64::from_le_bytes(take(b, 16)), records)
+    Found::Good(generation, records)
 }
 
 fn kind_code(k: Kind) -> u8 {
@@ -190,11 +228,13 @@ mod tests {
             key: KeyId([7; 32]),
             kind: Kind::In,
             value: u64::MAX - 5,
+            passing: true,
         });
         r[62] = Some(Record {
             key: KeyId([9; 32]),
             kind: Kind::Out,
             value: 1,
+            passing: false,
         });
         r
     }

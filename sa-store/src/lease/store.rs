@@ -1,21 +1,26 @@
 //! The lease store: which number each key may go on from.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 use zeroize::Zeroizing;
 
+use crate::file::MIRROR_PREFIX;
 use crate::sa::{Direction, SaSpec};
 
+use super::error::LeaseError;
 use super::media::{DiskMedia, Media, io_error};
 use super::page::{
-    BLOCK, Found, Kind, PAGES, RECORDS, Record, Records, TABLE, decode_header, decode_page,
-    encode_header, encode_page, file_len, offset,
+    BLOCK, Kind, PAGES, Record, TABLE, decode_header, encode_header, extent, file_len,
 };
+use super::retired::{self, Retired};
+use super::stage::{Page, Stage};
+use super::sweep::Idle;
 
 /// Keyed hash of an SA's key material and direction.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -27,12 +32,12 @@ impl fmt::Debug for KeyId {
     }
 }
 
-/// A claimed record. It names nothing any more once the record is released or retired.
+/// A claimed record. It names nothing any more once the record is released.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LeaseHandle {
-    slot: u32,
+    pub(super) slot: u32,
     /// Tells the claims of one slot apart.
-    claim: u32,
+    pub(super) claim: u32,
 }
 
 /// Where an SA goes on.
@@ -73,127 +78,33 @@ pub enum Update {
         /// The exact number; never above what was committed.
         value: u64,
     },
-    /// The key will never be used again: forget it. The handle ends.
-    Retire {
-        /// Whose.
-        handle: LeaseHandle,
-    },
-}
-
-/// Why the store did not do it. Numbers that were not committed must not be used.
-#[derive(Debug, thiserror::Error)]
-pub enum LeaseError {
-    /// The operating system refused. The operator is to look at disk and permissions.
-    #[error("cannot {action} {}: {source}", .path.display())]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// The system's answer.
-        source: io::Error,
-    },
-    /// Another gateway runs with this store.
-    #[error("lease store {} is in use by another process", .0.display())]
-    Locked(PathBuf),
-    /// Others could set the counters back.
-    #[error("lease store {} (mode {mode:04o}, user {uid}) must be a directory of ours or root's that nobody else can write", .path.display())]
-    NotPrivate {
-        /// The directory.
-        path: PathBuf,
-        /// Its mode.
-        mode: u32,
-        /// Its owner.
-        uid: u32,
-    },
-    /// Not a store, or damaged beyond what a power cut can do. The operator is to restore nothing: give all
-    /// SAs new keys and start a new store.
-    #[error("lease store {}: {what}; give all SAs new keys, then remove it", .path.display())]
-    Damaged {
-        /// The store.
-        path: PathBuf,
-        /// What is wrong.
-        what: String,
-    },
-    /// No record: the store was lost or changed, or the key is new and the operator did not say so.
-    #[error(
-        "no lease record for the key of SA \"{sa}\": give it a new key, or write first_use = true if it never sent or received a packet"
-    )]
-    NoRecord {
-        /// The SA.
-        sa: String,
-    },
-    /// Two SAs of one key.
-    #[error("the key of SA \"{sa}\" is in use by another SA")]
-    InUse {
-        /// The SA.
-        sa: String,
-    },
-    /// The handle was released or retired. A fault of ours.
-    #[error("the lease handle has ended")]
-    Ended,
-    /// An exact number above what was committed. A fault of ours.
-    #[error("a number was used that no lease covered")]
-    Overrun,
-    /// A write or sync failed before; what is on disk is not known any more. The operator is to restart
-    /// the gateway on a disk that works.
-    #[error("the lease store failed earlier and takes no more changes")]
-    Failed,
-    /// The thread that writes is gone.
-    #[error("the lease writer has stopped")]
-    Stopped,
-}
-
-struct Page {
-    records: Box<Records>,
-    generation: u64,
-    /// The copy that holds `generation`.
-    live: usize,
-    dirty: bool,
-}
-
-impl Page {
-    fn blank() -> Self {
-        Self {
-            records: Box::new([None; RECORDS]),
-            generation: 0,
-            live: 1,
-            dirty: false,
-        }
-    }
-
-    /// Writes the older copy.
-    fn write(&self, number: usize, media: &mut impl Media) -> io::Result<()> {
-        let bytes = encode_page(number, self.generation + 1, &self.records);
-        media.write_at(&bytes[..], offset(number, 1 - self.live))
-    }
-
-    /// What was written is durable.
-    fn written(&mut self) {
-        self.dirty = false;
-        self.live = 1 - self.live;
-        self.generation += 1;
-    }
 }
 
 #[derive(Clone, Copy, Default)]
-struct Claim {
-    number: u32,
-    held: bool,
+pub(super) struct Claim {
+    pub(super) number: u32,
+    pub(super) held: bool,
 }
 
 /// The records of all keys, one process at a time.
 pub struct LeaseStore<M: Media = DiskMedia> {
-    media: M,
-    path: PathBuf,
+    pub(super) media: M,
+    pub(super) path: PathBuf,
     store_key: Zeroizing<[u8; 32]>,
-    pages: Vec<Page>,
+    pub(super) pages: Vec<Page>,
     /// Its first record counts the finished extents.
-    table: Page,
-    claims: Vec<Claim>,
-    index: HashMap<(KeyId, bool), u32>,
-    free: Vec<u32>,
-    failed: bool,
+    pub(super) table: Page,
+    pub(super) claims: Vec<Claim>,
+    pub(super) index: HashMap<(KeyId, bool), u32>,
+    pub(super) free: Vec<u32>,
+    /// Extents in use that are not on disk, nor staged.
+    pub(super) blank: Vec<usize>,
+    pub(super) retired: Retired<M>,
+    /// In the order of their time.
+    pub(super) idle: VecDeque<Idle>,
+    /// Since the store was opened, as the last sweep was told.
+    pub(super) now: Duration,
+    pub(super) failed: bool,
     commits: u64,
 }
 
@@ -215,7 +126,9 @@ impl LeaseStore {
     /// See [`LeaseError`].
     pub fn open(path: &Path) -> Result<Self, LeaseError> {
         let header = encode_header(&*random_key(path)?);
-        Self::load(DiskMedia::open(path, &header)?, path)
+        let media = DiskMedia::open(path, &header)?;
+        let retired = Retired::load(DiskMedia::open_retired(path)?, retired::PAGES, path)?;
+        Self::load(media, retired, path)
     }
 
     /// A store in a directory of its own under the system's temporary one, which has no name any more. For the demo,
@@ -240,8 +153,8 @@ impl<M: Media> LeaseStore<M> {
         Ok(encode_header(&*random_key(Path::new("new"))?).to_vec())
     }
 
-    /// Reads the store of `media`.
-    pub(super) fn load(mut media: M, path: &Path) -> Result<Self, LeaseError> {
+    /// Reads the store of `media`, and the keys that were retired from it.
+    pub(super) fn load(mut media: M, retired: Retired<M>, path: &Path) -> Result<Self, LeaseError> {
         // A killed predecessor may have left writes that are visible but not durable. They must be durable
         // before the other copy of the same page is overwritten.
         media.sync().map_err(io_error("sync", path))?;
@@ -267,6 +180,10 @@ impl<M: Media> LeaseStore<M> {
             claims: Vec::new(),
             index: HashMap::new(),
             free: Vec::new(),
+            blank: Vec::new(),
+            retired,
+            idle: VecDeque::new(),
+            now: Duration::ZERO,
             failed: false,
             commits: 0,
         };
@@ -279,6 +196,9 @@ impl<M: Media> LeaseStore<M> {
         for page in 0..extents * PAGES {
             let page = store.read_page(page, &mut block)?;
             store.add_page(page);
+        }
+        if store.has_retired() && store.retired.is_empty() {
+            return Err(damaged("the file of its retired keys is gone".into()));
         }
         Ok(store)
     }
@@ -322,9 +242,20 @@ impl<M: Media> LeaseStore<M> {
         let key = self.key_id(sa);
         let slot = match self.index.get(&(key, out)) {
             Some(slot) => *slot,
+            None if sa.first_use && self.retired.contains(&key) => {
+                return Err(LeaseError::Retired {
+                    sa: sa.name.clone(),
+                });
+            }
             None if sa.first_use => {
                 let (kind, value) = if out { (Kind::Out, 1) } else { (Kind::In, 0) };
-                self.insert(Record { key, kind, value })?
+                let passing = is_passing(sa);
+                self.insert(Record {
+                    key,
+                    kind,
+                    value,
+                    passing,
+                })?
             }
             None => {
                 return Err(LeaseError::NoRecord {
@@ -345,7 +276,13 @@ impl<M: Media> LeaseStore<M> {
             slot,
             claim: claim.number,
         };
-        let value = self.record(handle)?.value;
+        let (dirty, record) = self.slot_mut(handle)?;
+        if record.passing && !is_passing(sa) {
+            // Now a file has it, and may have it again at any time.
+            record.passing = false;
+            *dirty = true;
+        }
+        let value = record.value;
         Ok(Resume { handle, value })
     }
 
@@ -365,11 +302,54 @@ impl<M: Media> LeaseStore<M> {
             self.apply(u)?;
         }
         let written = self.write_dirty();
-        if let Err(source) = written {
-            self.failed = true;
-            return Err(io_error("commit to", &self.path)(source));
+        self.judge(written)
+    }
+
+    /// Takes a change in, in memory: later claims see it, and it is durable once what is staged after it is settled.
+    ///
+    /// # Errors
+    /// As [`commit`](Self::commit).
+    pub(super) fn take(&mut self, u: &Update) -> Result<(), LeaseError> {
+        if self.failed {
+            return Err(LeaseError::Failed);
         }
-        Ok(())
+        self.check(u)?;
+        self.apply(u)
+    }
+
+    /// All that has changed, to be written and synced by whoever has the time; `None` when nothing has, or after a failure. Until
+    /// [`settle`](Self::settle) nothing further may be staged, committed or swept.
+    pub(super) fn stage(&mut self) -> Option<Stage> {
+        if self.failed {
+            return None;
+        }
+        let blank = self.blank.drain(..).flat_map(extent).collect();
+        let pages = self.pages.iter_mut().enumerate();
+        let stage = Stage {
+            retired: self.retired.stage(),
+            blank,
+            table: self.table.stage(TABLE),
+            pages: pages.filter_map(|(n, page)| page.stage(n)).collect(),
+        };
+        (!stage.is_empty()).then_some(stage)
+    }
+
+    /// What became of what was staged.
+    ///
+    /// # Errors
+    /// The disk's; the store takes no more changes then.
+    pub(super) fn settle(&mut self, written: io::Result<()>) -> Result<(), LeaseError> {
+        if written.is_ok() {
+            self.written();
+        }
+        self.judge(written)
+    }
+
+    fn judge(&mut self, written: io::Result<()>) -> Result<(), LeaseError> {
+        written.map_err(|source| {
+            self.failed = true;
+            io_error("commit to", &self.path)(source)
+        })
     }
 
     /// How many keys have records.
@@ -389,9 +369,7 @@ impl<M: Media> LeaseStore<M> {
 
     fn check(&self, u: &Update) -> Result<(), LeaseError> {
         match u {
-            Update::Advance { handle, .. } | Update::Retire { handle } => {
-                self.record(*handle).map(|_| ())
-            }
+            Update::Advance { handle, .. } => self.record(*handle).map(|_| ()),
             Update::Lower { handle, .. } => match self.record(*handle)?.kind {
                 Kind::In => Ok(()),
                 // Numbers that were leased may have been sent.
@@ -429,181 +407,48 @@ impl<M: Media> LeaseStore<M> {
                     r.value = value;
                     *dirty = true;
                 }
-                self.end(handle);
-            }
-            Update::Retire { handle } => {
-                let r = *self.record(handle)?;
-                self.end(handle);
-                self.index.remove(&(r.key, r.kind == Kind::Out));
-                self.clear(handle.slot);
-                self.free.push(handle.slot);
+                let index = usize::try_from(handle.slot).unwrap_or(usize::MAX);
+                if let Some(c) = self.claims.get_mut(index) {
+                    c.held = false;
+                }
+                self.has_ended(handle);
             }
         }
         Ok(())
-    }
-
-    fn end(&mut self, handle: LeaseHandle) {
-        let index = usize::try_from(handle.slot).unwrap_or(usize::MAX);
-        if let Some(c) = self.claims.get_mut(index) {
-            c.held = false;
-        }
-    }
-}
-
-impl<M: Media> LeaseStore<M> {
-    /// The record of a handle that has not ended.
-    fn record(&self, handle: LeaseHandle) -> Result<&Record, LeaseError> {
-        let slot = usize::try_from(handle.slot).unwrap_or(usize::MAX);
-        let claim = self.claims.get(slot).ok_or(LeaseError::Ended)?;
-        if !claim.held || claim.number != handle.claim {
-            return Err(LeaseError::Ended);
-        }
-        let page = self.pages.get(slot / RECORDS).ok_or(LeaseError::Ended)?;
-        let record = page.records.get(slot % RECORDS);
-        record.and_then(Option::as_ref).ok_or(LeaseError::Ended)
-    }
-
-    /// The same for writing, with the page's dirty mark.
-    fn slot_mut(&mut self, handle: LeaseHandle) -> Result<(&mut bool, &mut Record), LeaseError> {
-        self.record(handle)?;
-        let slot = usize::try_from(handle.slot).unwrap_or(usize::MAX);
-        let page = self
-            .pages
-            .get_mut(slot / RECORDS)
-            .ok_or(LeaseError::Ended)?;
-        let record = page.records.get_mut(slot % RECORDS);
-        let record = record.and_then(Option::as_mut).ok_or(LeaseError::Ended)?;
-        Ok((&mut page.dirty, record))
-    }
-
-    fn clear(&mut self, slot: u32) {
-        let slot = usize::try_from(slot).unwrap_or(usize::MAX);
-        if let Some(page) = self.pages.get_mut(slot / RECORDS)
-            && let Some(r) = page.records.get_mut(slot % RECORDS)
-        {
-            *r = None;
-            page.dirty = true;
-        }
-    }
-
-    fn insert(&mut self, record: Record) -> Result<u32, LeaseError> {
-        if self.free.is_empty() {
-            self.grow()?;
-        }
-        let slot = self.free.pop().ok_or(LeaseError::Failed)?;
-        let at = usize::try_from(slot).unwrap_or(usize::MAX);
-        if let Some(page) = self.pages.get_mut(at / RECORDS)
-            && let Some(r) = page.records.get_mut(at % RECORDS)
-        {
-            *r = Some(record);
-            page.dirty = true;
-        }
-        self.index
-            .insert((record.key, record.kind == Kind::Out), slot);
-        Ok(slot)
-    }
-
-    fn extents(&self) -> usize {
-        // More than any disk holds; keeps the arithmetic of offsets from wrapping.
-        const MAX: usize = 1 << 24;
-        let count = self.table.records.first().and_then(Option::as_ref);
-        count.map_or(0, |r| usize::try_from(r.value).unwrap_or(MAX).min(MAX))
-    }
-
-    /// Adds an extent of zeros, durable before it is counted, and counted before any of it is used.
-    fn grow(&mut self) -> Result<(), LeaseError> {
-        let extents = self.extents();
-        let mut write = || {
-            let zeros = [0u8; BLOCK];
-            for copy in 0..2 {
-                for page in extents * PAGES..(extents + 1) * PAGES {
-                    self.media.write_at(&zeros, offset(page, copy))?;
-                }
-            }
-            self.media.sync()?;
-            if let Some(r) = self.table.records.first_mut() {
-                *r = Some(Record {
-                    key: KeyId([0; 32]),
-                    kind: Kind::In,
-                    value: u64::try_from(extents + 1).unwrap_or(u64::MAX),
-                });
-            }
-            self.table.write(TABLE, &mut self.media)?;
-            self.media.sync()
-        };
-        if let Err(source) = write() {
-            self.failed = true;
-            return Err(io_error("grow", &self.path)(source));
-        }
-        self.table.written();
-        for _ in 0..PAGES {
-            self.add_page(Page::blank());
-        }
-        Ok(())
-    }
-
-    fn add_page(&mut self, page: Page) {
-        let first = self.pages.len() * RECORDS;
-        for (i, r) in page.records.iter().enumerate() {
-            let slot = u32::try_from(first + i).unwrap_or(u32::MAX);
-            match r {
-                Some(r) => {
-                    self.index.insert((r.key, r.kind == Kind::Out), slot);
-                }
-                None => self.free.push(slot),
-            }
-            self.claims.push(Claim::default());
-        }
-        self.pages.push(page);
-    }
-
-    fn read_page(&mut self, page: usize, block: &mut [u8; BLOCK]) -> Result<Page, LeaseError> {
-        let mut copies = [Found::Blank, Found::Blank];
-        for (copy, found) in copies.iter_mut().enumerate() {
-            self.media
-                .read_at(&mut block[..], offset(page, copy))
-                .map_err(io_error("read", &self.path))?;
-            *found = decode_page(page, block);
-        }
-        let (records, generation, live) = match copies {
-            [Found::Good(a, records), Found::Good(b, _)] if a > b => (records, a, 0),
-            [_, Found::Good(b, records)] => (records, b, 1),
-            [Found::Good(a, records), _] => (records, a, 0),
-            // The first write of a page goes to copy 0. If it was torn, nothing was acted upon.
-            [Found::Blank | Found::Bad, Found::Blank] => return Ok(Page::blank()),
-            [_, Found::Bad] => {
-                return Err(LeaseError::Damaged {
-                    path: self.path.clone(),
-                    what: format!("both copies of page {page} are damaged"),
-                });
-            }
-        };
-        Ok(Page {
-            records,
-            generation,
-            live,
-            dirty: false,
-        })
     }
 
     fn write_dirty(&mut self) -> io::Result<()> {
-        let mut wrote = false;
-        for (number, page) in self.pages.iter_mut().enumerate() {
-            if page.dirty {
-                page.write(number, &mut self.media)?;
-                wrote = true;
-            }
-        }
-        if !wrote {
+        let Some(stage) = self.stage() else {
             return Ok(());
-        }
-        self.media.sync()?;
-        self.commits += 1;
-        for page in self.pages.iter_mut().filter(|p| p.dirty) {
-            page.written();
-        }
+        };
+        stage.write(&mut self.media, self.retired.media())?;
+        self.written();
         Ok(())
     }
+
+    fn written(&mut self) {
+        self.commits += 1;
+        self.table.written();
+        self.pages.iter_mut().for_each(Page::written);
+        self.retired.written();
+    }
+}
+
+impl LeaseStore {
+    /// The store's files, of the records and of the retired keys, for a thread that writes what is staged.
+    pub(super) fn media_again(&mut self) -> Result<(DiskMedia, DiskMedia), LeaseError> {
+        let again = io_error("open once more", &self.path);
+        let both = self.media.again().and_then(|records| {
+            let retired = self.retired.media().again()?;
+            Ok((records, retired))
+        });
+        both.map_err(again)
+    }
+}
+
+/// An IKE daemon negotiates a key once.
+fn is_passing(sa: &SaSpec) -> bool {
+    sa.name.starts_with(MIRROR_PREFIX)
 }
 
 fn random_key(path: &Path) -> Result<Zeroizing<[u8; 32]>, LeaseError> {
@@ -623,7 +468,13 @@ fn random() -> Result<[u8; 8], LeaseError> {
 
 /// See [`super::fuzz_store`].
 pub(super) fn fuzz(data: &[u8]) {
-    let Ok(mut store) = LeaseStore::load(data.to_vec(), Path::new("fuzz")) else {
+    let path = Path::new("fuzz");
+    // These bytes for the one, and for the other.
+    let _ = Retired::load(data.to_vec(), 8, path);
+    let Ok(none) = Retired::load(Vec::new(), 8, path) else {
+        return;
+    };
+    let Ok(mut store) = LeaseStore::load(data.to_vec(), none, path) else {
         return;
     };
     let key = KeyId([1; 32]);
@@ -631,6 +482,7 @@ pub(super) fn fuzz(data: &[u8]) {
         key,
         kind: Kind::Out,
         value: 1,
+        passing: true,
     };
     if store.insert(record).is_ok() {
         let _ = store.write_dirty();

@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{TestRng, TestRunner};
 use zeroize::Zeroizing;
 
+use super::retired::Retired;
 use super::*;
 use crate::file::{SaIdentity, Settings, Tunnel};
 use crate::sa::{Direction, SaKeys, SaSpec, Spi};
@@ -35,12 +36,114 @@ fn sa(number: u8, direction: Direction, first_use: bool) -> SaSpec {
     t.sa(id, &Settings::default())
 }
 
-fn out(number: u8, first_use: bool) -> SaSpec {
+pub(super) fn out(number: u8, first_use: bool) -> SaSpec {
     sa(number, Direction::Out, first_use)
 }
 
 fn advance(handle: LeaseHandle, value: u64) -> Update {
     Update::Advance { handle, value }
+}
+
+fn release(handle: LeaseHandle, value: u64) -> Update {
+    Update::Release { handle, value }
+}
+
+const DAY: Duration = Duration::from_secs(24 * 3600);
+
+/// An SA of an IKE daemon's, out.
+fn of_daemon(number: u16) -> SaSpec {
+    let mut sa = out(0, true);
+    sa.name = format!("ike:{number}");
+    sa.keys.enc[..2].copy_from_slice(&number.to_be_bytes());
+    sa
+}
+
+#[test]
+fn a_daemons_key_rests_a_day_and_is_refused_from_then_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut s = LeaseStore::open(dir.path()).unwrap();
+    let a = s.claim(&of_daemon(1)).unwrap();
+    s.commit(&[advance(a.handle, 100)]).unwrap();
+    s.commit(&[release(a.handle, 70)]).unwrap();
+    // A peer that moves, or a daemon that starts again, has it back in time.
+    s.sweep(DAY / 2).unwrap();
+    let a = s.claim(&of_daemon(1)).unwrap();
+    assert_eq!(a.value, 70);
+    // It is in use, however long that takes.
+    assert_eq!(s.sweep(3 * DAY).unwrap(), 0);
+    s.commit(&[release(a.handle, 70)]).unwrap();
+    assert_eq!(s.sweep(3 * DAY + DAY / 2).unwrap(), 0);
+    assert_eq!(s.sweep(4 * DAY).unwrap(), 1);
+    assert_eq!(s.records(), 0);
+    for again in 0..2 {
+        let e = s.claim(&of_daemon(1)).unwrap_err();
+        assert!(matches!(e, LeaseError::Retired { .. }), "{again}: {e}");
+        drop(s);
+        s = LeaseStore::open(dir.path()).unwrap();
+    }
+    // Another key is none of its business, and without its file the store is not opened.
+    assert_eq!(s.claim(&of_daemon(2)).unwrap().value, 1);
+    drop(s);
+    std::fs::remove_file(dir.path().join("retired")).unwrap();
+    let e = LeaseStore::open(dir.path()).unwrap_err();
+    assert!(e.to_string().contains("retired keys is gone"), "{e}");
+}
+
+/// The time of a key that nobody claims counts from the start: the daemon may be slower than the gateway.
+#[test]
+fn after_a_restart_the_day_begins_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut s = LeaseStore::open(dir.path()).unwrap();
+    for n in 0..2 {
+        let a = s.claim(&of_daemon(n)).unwrap();
+        s.commit(&[advance(a.handle, 100)]).unwrap();
+    }
+    drop(s);
+    let mut s = LeaseStore::open(dir.path()).unwrap();
+    assert_eq!(s.sweep(DAY / 2).unwrap(), 0);
+    assert_eq!(s.claim(&of_daemon(0)).unwrap().value, 100);
+    assert_eq!(s.sweep(DAY).unwrap(), 1);
+    assert!(matches!(
+        s.claim(&of_daemon(1)),
+        Err(LeaseError::Retired { .. })
+    ));
+}
+
+#[test]
+fn a_key_that_a_file_has_or_takes_over_is_never_retired() {
+    let mut s = LeaseStore::throw_away().unwrap();
+    let a = s.claim(&out(1, true)).unwrap();
+    s.commit(&[release(a.handle, 1)]).unwrap();
+    let b = s.claim(&of_daemon(9)).unwrap();
+    s.commit(&[release(b.handle, 1)]).unwrap();
+    let mut taken = of_daemon(9);
+    taken.name = "by-hand".into();
+    let b = s.claim(&taken).unwrap();
+    s.commit(&[release(b.handle, 1)]).unwrap();
+    assert_eq!(s.sweep(100 * DAY).unwrap(), 0);
+    assert_eq!(s.records(), 2);
+}
+
+#[test]
+fn rekeys_do_not_make_the_store_grow() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut s = LeaseStore::open(dir.path()).unwrap();
+    let mut longest = 0;
+    // Thirty days of thousand keys each.
+    for day in 0..30_u16 {
+        let claim = |n| s.claim(&of_daemon(day * 1000 + n)).unwrap().handle;
+        let handles: Vec<_> = (0..1000).map(claim).collect();
+        let ends: Vec<_> = handles.iter().map(|h| release(*h, 1)).collect();
+        s.commit(&ends).unwrap();
+        s.sweep(DAY * u32::from(day + 1)).unwrap();
+        longest = longest.max(s.records());
+    }
+    assert!(longest <= 2000, "{longest}");
+    let size = |name| std::fs::metadata(dir.path().join(name)).unwrap().len();
+    assert!(size("leases") <= 600_000, "{}", size("leases"));
+    assert!(size("retired") <= 64 << 20);
+    let again = s.claim(&of_daemon(17)).unwrap_err();
+    assert!(matches!(again, LeaseError::Retired { .. }));
 }
 
 #[test]
@@ -82,15 +185,10 @@ fn a_key_without_a_record_is_refused_unless_it_is_its_first_use() {
         "{e}"
     );
     assert!(e.to_string().contains("first_use = true"));
-    let a = s.claim(&out(1, true)).unwrap();
+    s.claim(&out(1, true)).unwrap();
     assert!(matches!(
         s.claim(&out(1, true)),
         Err(LeaseError::InUse { .. })
-    ));
-    s.commit(&[Update::Retire { handle: a.handle }]).unwrap();
-    assert!(matches!(
-        s.claim(&out(1, false)),
-        Err(LeaseError::NoRecord { .. })
     ));
 }
 
@@ -171,9 +269,12 @@ fn a_throw_away_store_leaves_nothing_behind() {
 #[test]
 fn an_ended_handle_changes_nothing_also_when_its_slot_is_used_again() {
     let mut s = LeaseStore::throw_away().unwrap();
-    let a = s.claim(&out(1, true)).unwrap();
+    let mut of_daemon = out(1, true);
+    of_daemon.name = "ike:1".into();
+    let a = s.claim(&of_daemon).unwrap();
     s.commit(&[advance(a.handle, 10)]).unwrap();
-    s.commit(&[Update::Retire { handle: a.handle }]).unwrap();
+    s.commit(&[release(a.handle, 10)]).unwrap();
+    assert_eq!(s.sweep(2 * DAY).unwrap(), 1);
     let b = s.claim(&out(2, true)).unwrap();
     assert!(matches!(
         s.commit(&[advance(a.handle, 99)]),
@@ -315,9 +416,53 @@ impl Media for Disk {
     }
 }
 
+/// A filter with few pages.
+fn filter(disk: &Disk) -> Retired<Disk> {
+    Retired::load(disk.clone(), 4, Path::new("sim")).unwrap()
+}
+
+/// As the threads do it: while the disk is busy, one lease is given back and its key claimed again, and another goes on.
+fn by_stages(
+    store: &mut LeaseStore<Disk>,
+    disk: (&Disk, &Disk),
+    updates: &[Update],
+    specs: &[SaSpec],
+    live: &mut [(usize, LeaseHandle, u64)],
+    used: &[u64],
+    rng: &mut TestRng,
+) -> Result<(), LeaseError> {
+    for u in updates {
+        store.take(u)?;
+    }
+    let stage = store.stage();
+    if !live.is_empty() {
+        let at = rng.random_range(0..live.len());
+        let (i, handle, limit) = &mut live[at];
+        let end = match specs[*i].direction {
+            Direction::Out => used[*i] + 1,
+            Direction::In => used[*i],
+        };
+        let value = end.min(*limit);
+        let given_back = Update::Release {
+            handle: *handle,
+            value,
+        };
+        store.take(&given_back)?;
+        let again = store.claim(&specs[*i])?;
+        assert_eq!(again.value, value, "it goes on where it was");
+        (*handle, *limit) = (again.handle, again.value);
+        // In memory, and not on disk when the stage is settled.
+        store.take(&advance(again.handle, again.value + 1000))?;
+    }
+    match stage {
+        Some(stage) => store.settle(stage.write(&mut disk.0.clone(), &mut disk.1.clone())),
+        None => Ok(()),
+    }
+}
+
 /// Random use of a dozen keys over 40 power cuts on one disk. `used` is what left the machine.
 fn live_through_power_cuts(rng: &mut TestRng) {
-    let disk = Disk::default();
+    let (disk, retired) = (Disk::default(), Disk::default());
     let header = LeaseStore::<Disk>::new_header().unwrap();
     disk.0.borrow_mut().durable.clone_from(&header);
     disk.0.borrow_mut().seen = header;
@@ -328,19 +473,46 @@ fn live_through_power_cuts(rng: &mut TestRng) {
             } else {
                 Direction::Out
             };
-            sa(n, direction, true)
+            let mut sa = sa(n, direction, true);
+            if n % 4 == 0 {
+                sa.name = format!("ike:{n}");
+            }
+            sa
         })
         .collect();
     // Highest number used, 0 for none.
     let mut used = vec![0u64; specs.len()];
     let mut exact = vec![false; specs.len()];
     for _ in 0..40 {
-        let mut store = LeaseStore::load(disk.clone(), Path::new("sim")).unwrap();
+        let mut store = LeaseStore::load(disk.clone(), filter(&retired), Path::new("sim")).unwrap();
         let cut_in = rng.random_range(0..12usize);
         disk.0.borrow_mut().cut_in = rng.random_bool(0.7).then_some(cut_in);
+        retired.0.borrow_mut().cut_in = rng.random_bool(0.5).then_some(0);
+        if rng.random_bool(0.1) && store.sweep(2 * DAY).is_err() {
+            disk.cut(rng);
+            retired.cut(rng);
+            continue;
+        }
+        if rng.random_bool(0.1) {
+            // To disk with what comes next.
+            store.retire_due(2 * DAY).unwrap();
+        }
+        if rng.random_bool(0.003) {
+            // More keys than an extent has room for.
+            let mut other = out(0, true);
+            for n in 0..2100u16 {
+                other.keys.enc[..2].copy_from_slice(&n.to_be_bytes());
+                other.keys.enc[2..4].copy_from_slice(&rng.random::<u16>().to_be_bytes());
+                store.claim(&other).unwrap();
+            }
+        }
         let mut live: Vec<(usize, LeaseHandle, u64)> = Vec::new();
         for (i, s) in specs.iter().enumerate() {
-            let Ok(r) = store.claim(s) else { break };
+            let r = match store.claim(s) {
+                Ok(r) => r,
+                Err(LeaseError::Retired { .. }) => continue,
+                Err(_) => break,
+            };
             let last = match s.direction {
                 Direction::Out => r.value - 1,
                 Direction::In => r.value,
@@ -363,7 +535,13 @@ fn live_through_power_cuts(rng: &mut TestRng) {
                     updates.push(advance(*handle, limit + rng.random_range(0..50u64)));
                 }
             }
-            if store.commit(&updates).is_err() {
+            let committed = if rng.random_bool(0.5) {
+                store.commit(&updates)
+            } else {
+                let disk = (&disk, &retired);
+                by_stages(&mut store, disk, &updates, &specs, &mut live, &used, rng)
+            };
+            if committed.is_err() {
                 break;
             }
             for u in &updates {
@@ -398,6 +576,7 @@ fn live_through_power_cuts(rng: &mut TestRng) {
         }
         drop(store);
         disk.cut(rng);
+        retired.cut(rng);
     }
 }
 
@@ -453,7 +632,7 @@ fn after_a_failed_sync_nothing_is_committed_any_more() {
     let disk = Disk::default();
     let header = LeaseStore::<Disk>::new_header().unwrap();
     disk.0.borrow_mut().seen = header;
-    let mut s = LeaseStore::load(disk.clone(), Path::new("sim")).unwrap();
+    let mut s = LeaseStore::load(disk.clone(), filter(&Disk::default()), Path::new("sim")).unwrap();
     let a = s.claim(&out(1, true)).unwrap();
     s.commit(&[advance(a.handle, 10)]).unwrap();
     disk.0.borrow_mut().cut_in = Some(0);

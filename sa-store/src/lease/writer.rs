@@ -1,18 +1,22 @@
-//! The thread that syncs: it takes requests, commits many of them with one sync, then publishes.
+//! A store at work: what workers and control see of it. [`super::serve`] has its threads.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crate::sa::SaSpec;
 
-use super::store::{LeaseError, LeaseHandle, LeaseStore, Update};
+use super::error::LeaseError;
+use super::serve;
+use super::store::{LeaseHandle, LeaseStore, Resume};
 
 /// The lease of one SA as its worker sees it. Only the writer thread raises the limit, after the sync.
 #[derive(Debug)]
 pub struct Lease {
-    handle: LeaseHandle,
+    pub(super) handle: LeaseHandle,
     resume: u64,
     limit: AtomicU64,
     /// Highest limit asked for, so that a request is not sent twice.
@@ -32,6 +36,25 @@ impl Lease {
         self.limit.load(Ordering::Relaxed)
     }
 
+    pub(super) fn new(claimed: Resume) -> Self {
+        Self {
+            handle: claimed.handle,
+            resume: claimed.value,
+            limit: AtomicU64::new(claimed.value),
+            asked: AtomicU64::new(claimed.value),
+            failed: AtomicBool::new(false),
+        }
+    }
+
+    /// A higher limit is durable.
+    pub(super) fn raise(&self, limit: u64) {
+        self.limit.fetch_max(limit, Ordering::Release);
+    }
+
+    pub(super) fn fail(&self) {
+        self.failed.store(true, Ordering::Relaxed);
+    }
+
     /// The store failed: the limit will not rise any more.
     pub fn has_failed(&self) -> bool {
         self.failed.load(Ordering::Relaxed)
@@ -45,22 +68,24 @@ pub enum Release {
     At(u64),
     /// Its state is not known (a worker was lost): the committed limit stands.
     Unknown,
-    /// Its key is never used again.
-    Retire,
 }
 
-enum Request {
+pub(super) enum Request {
     Claim(Vec<SaSpec>, Sender<Vec<Result<Arc<Lease>, LeaseError>>>),
     Advance(Arc<Lease>, u64),
     Lower(Arc<Lease>, u64),
-    Release(Arc<Lease>, Release, Sender<Result<(), LeaseError>>),
-    Stop(Sender<LeaseStore>),
+    /// Somebody may wait for its being durable.
+    Release(Arc<Lease>, Release, Option<Sender<Result<(), LeaseError>>>),
+    Sweep(Duration),
+    /// What was staged is written, or could not be.
+    Written(io::Result<()>),
+    Stop(Option<Sender<LeaseStore>>),
 }
 
-/// Told once when the store fails, on the writer thread.
+/// Told once when the store fails, and of leases that could not be given back, on the store's thread.
 pub type OnFailure = Box<dyn Fn(&LeaseError) + Send>;
 
-/// Handle of the writer thread. Dropping it ends the thread after the requests already sent.
+/// Handle of the store's threads. Dropping it ends them after the requests already sent.
 #[derive(Debug)]
 pub struct LeaseWriter {
     requests: Option<Sender<Request>>,
@@ -68,27 +93,20 @@ pub struct LeaseWriter {
 }
 
 impl LeaseWriter {
-    /// Starts the thread with a store.
+    /// Starts the threads with a store.
     ///
     /// # Errors
-    /// The system has no thread for us.
+    /// The system has no threads for us.
     pub fn start(store: LeaseStore, on_failure: OnFailure) -> Result<Self, LeaseError> {
         let (tx, rx) = channel();
-        let thread = std::thread::Builder::new()
-            .name("leases".into())
-            .spawn(move || run(store, &rx, &on_failure))
-            .map_err(|source| LeaseError::Io {
-                action: "start a thread for",
-                path: "the lease store".into(),
-                source,
-            })?;
+        let thread = serve::start(store, tx.clone(), rx, on_failure)?;
         Ok(Self {
             requests: Some(tx),
             thread: Some(thread),
         })
     }
 
-    /// Claims the records of the SAs, each with its own answer, in order. Waits for the thread.
+    /// Claims the records of the SAs, each with its own answer, in order. Waits for the store's memory, not for the disk.
     pub fn claim(&self, sas: Vec<SaSpec>) -> Vec<Result<Arc<Lease>, LeaseError>> {
         let n = sas.len();
         let (tx, rx) = channel();
@@ -123,6 +141,16 @@ impl LeaseWriter {
         self.send(Request::Lower(lease.clone(), limit))
     }
 
+    /// Gives leases back without waiting for the disk: until then what is on it says more than was used. The workers must have
+    /// let go of the SAs before.
+    ///
+    /// # Errors
+    /// [`LeaseError::Stopped`].
+    pub fn give_back(&self, ends: Vec<(Arc<Lease>, Release)>) -> Result<(), LeaseError> {
+        ends.into_iter()
+            .try_for_each(|(lease, how)| self.send(Request::Release(lease, how, None)))
+    }
+
     /// Ends a lease and waits until that is durable. The worker must have let go of the SA before.
     ///
     /// # Errors
@@ -138,10 +166,18 @@ impl LeaseWriter {
     pub fn release_many(&self, ends: Vec<(Arc<Lease>, Release)>) -> Result<(), LeaseError> {
         let (tx, rx) = channel();
         for (lease, how) in ends {
-            self.send(Request::Release(lease, how, tx.clone()))?;
+            self.send(Request::Release(lease, how, Some(tx.clone())))?;
         }
         drop(tx);
         rx.into_iter().collect()
+    }
+
+    /// Retires keys that were long out of use, see [`LeaseStore::sweep`]; does not wait.
+    ///
+    /// # Errors
+    /// [`LeaseError::Stopped`].
+    pub fn sweep(&self, now: Duration) -> Result<(), LeaseError> {
+        self.send(Request::Sweep(now))
     }
 
     /// Stops the thread and gives the store back.
@@ -150,7 +186,7 @@ impl LeaseWriter {
     /// [`LeaseError::Stopped`] when the thread is gone already.
     pub fn stop(mut self) -> Result<LeaseStore, LeaseError> {
         let (tx, rx) = channel();
-        self.send(Request::Stop(tx))?;
+        self.send(Request::Stop(Some(tx)))?;
         let store = rx.recv().map_err(|_| LeaseError::Stopped)?;
         self.join();
         Ok(store)
@@ -162,7 +198,10 @@ impl LeaseWriter {
     }
 
     fn join(&mut self) {
-        drop(self.requests.take());
+        if let Some(requests) = self.requests.take() {
+            // It may have stopped before.
+            let _ = requests.send(Request::Stop(None));
+        }
         if let Some(t) = self.thread.take() {
             // A panic of the thread was reported by the panic hook; leases stop rising, nothing is reused.
             let _ = t.join();
@@ -173,117 +212,5 @@ impl LeaseWriter {
 impl Drop for LeaseWriter {
     fn drop(&mut self) {
         self.join();
-    }
-}
-
-/// What a commit has to tell when it is done.
-enum After {
-    Nothing,
-    Publish(Arc<Lease>, u64),
-    Answer(Sender<Result<(), LeaseError>>),
-}
-
-fn run(mut store: LeaseStore, requests: &Receiver<Request>, on_failure: &OnFailure) {
-    let mut told = false;
-    // While a sync runs, requests pile up; the next one takes them all.
-    while let Ok(first) = requests.recv() {
-        let mut updates = Vec::new();
-        let mut after = Vec::new();
-        let mut stop = None;
-        for r in std::iter::once(first).chain(requests.try_iter()) {
-            match r {
-                Request::Claim(sas, tx) => {
-                    let answers = sas.iter().map(|sa| claim(&mut store, sa)).collect();
-                    // A caller that no longer waits holds no leases.
-                    let _ = tx.send(answers);
-                }
-                Request::Advance(lease, value) => {
-                    let handle = lease.handle;
-                    updates.push(Update::Advance { handle, value });
-                    after.push(After::Publish(lease, value));
-                }
-                Request::Lower(lease, value) => {
-                    let handle = lease.handle;
-                    updates.push(Update::Lower { handle, value });
-                    after.push(After::Nothing);
-                }
-                Request::Release(lease, how, tx) => {
-                    updates.push(end_of(&lease, how));
-                    after.push(After::Answer(tx));
-                }
-                Request::Stop(tx) => {
-                    stop = Some(tx);
-                    break;
-                }
-            }
-        }
-        commit(&mut store, updates, after, on_failure, &mut told);
-        if let Some(tx) = stop {
-            let _ = tx.send(store);
-            return;
-        }
-    }
-}
-
-fn claim(store: &mut LeaseStore, sa: &SaSpec) -> Result<Arc<Lease>, LeaseError> {
-    let resume = store.claim(sa)?;
-    Ok(Arc::new(Lease {
-        handle: resume.handle,
-        resume: resume.value,
-        limit: AtomicU64::new(resume.value),
-        asked: AtomicU64::new(resume.value),
-        failed: AtomicBool::new(false),
-    }))
-}
-
-fn end_of(lease: &Lease, how: Release) -> Update {
-    let handle = lease.handle;
-    match how {
-        Release::At(value) => Update::Release { handle, value },
-        Release::Unknown => Update::Release {
-            handle,
-            value: lease.limit(),
-        },
-        Release::Retire => Update::Retire { handle },
-    }
-}
-
-fn commit(
-    store: &mut LeaseStore,
-    updates: Vec<Update>,
-    after: Vec<After>,
-    on_failure: &OnFailure,
-    told: &mut bool,
-) {
-    if updates.is_empty() {
-        return;
-    }
-    let together = store.commit(&updates);
-    if together.is_ok() {
-        for a in after {
-            publish(a, Ok(()));
-        }
-        return;
-    }
-    // One request of the batch is wrong, or the store failed: each gets its own answer.
-    for (update, a) in updates.iter().zip(after) {
-        let answer = store.commit(std::slice::from_ref(update));
-        if store.has_failed() && !*told {
-            *told = true;
-            on_failure(together.as_ref().err().unwrap_or(&LeaseError::Failed));
-        }
-        publish(a, answer);
-    }
-}
-
-fn publish(after: After, answer: Result<(), LeaseError>) {
-    match (after, answer) {
-        (After::Publish(lease, value), Ok(())) => {
-            lease.limit.fetch_max(value, Ordering::Release);
-        }
-        (After::Nothing, _) => {}
-        (After::Publish(lease, _), Err(_)) => lease.failed.store(true, Ordering::Relaxed),
-        // A caller that no longer waits does not need the answer.
-        (After::Answer(tx), answer) => drop(tx.send(answer)),
     }
 }

@@ -48,6 +48,19 @@ pub enum SpdError {
     },
 }
 
+impl SpdError {
+    /// The policy at fault.
+    pub fn policy(&self) -> &str {
+        match self {
+            Self::DuplicateName { policy }
+            | Self::NoSuchPolicy { policy }
+            | Self::UnknownTunnel { policy, .. }
+            | Self::MixedFamilies { policy, .. }
+            | Self::EmptyRange { policy, .. } => policy,
+        }
+    }
+}
+
 /// A policy with all that look-up and updates need.
 pub(super) struct Item {
     pub(super) id: PolicyIdx,

@@ -37,6 +37,6 @@ fn allows(taken: Action, skipped: Action) -> bool {
         Action::Discard => true,
         Action::Protect { .. } => skipped == taken || skipped == Action::Bypass,
         Action::Bypass => skipped == Action::Bypass,
-        Action::FragmentPolicy => false,
+        Action::FragmentPolicy | Action::Local => false,
     }
 }

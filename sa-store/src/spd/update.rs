@@ -84,13 +84,16 @@ impl Spd {
     ///
     /// # Errors
     /// See [`SpdError`]; this table is as it was.
-    pub fn updated(
+    pub fn updated<'p>(
         &self,
-        policies: &[Policy],
+        policies: impl IntoIterator<Item = &'p Policy>,
         tunnel: impl Fn(&str) -> Option<TunnelIdx>,
     ) -> Result<(Self, Changes), SpdError> {
         let mut new = Vec::with_capacity(self.items.len());
-        for p in policies.iter().filter(|p| p.direction == self.direction) {
+        for p in policies
+            .into_iter()
+            .filter(|p| p.direction == self.direction)
+        {
             new.push((p, resolve(p, &tunnel)?));
         }
         // In the order of look-up; the file's order decides among equals.

@@ -36,6 +36,9 @@ pub enum Action {
     /// Drop: a non-initial fragment that an earlier policy could have treated differently, had its ports
     /// been visible (RFC 4301 section 7).
     FragmentPolicy,
+    /// For the gateway itself: it does not cross the boundary, so no policy is asked. Never an answer of the SPD; the
+    /// data path notes it for a flow.
+    Local,
 }
 
 /// Answer of [`Spd::lookup`](super::Spd::lookup).
@@ -72,15 +75,16 @@ impl Verdict {
             }
             (Action::Protect { .. }, None) => drop(DropReason::PolicyMustProtect),
             (Action::FragmentPolicy, _) => drop(DropReason::FragmentPolicy),
-            (Action::Discard, None) => drop(DropReason::PolicyDiscard),
+            (Action::Discard | Action::Local, None) => drop(DropReason::PolicyDiscard),
             // An explicit discard is the operator's word; no policy at all means that the peer sent
             // through this SA what it was not negotiated for.
             (Action::Discard, Some(_)) if policy != PolicyIdx::DEFAULT => {
                 drop(DropReason::PolicyDiscard)
             }
-            (Action::Protect { .. } | Action::Bypass | Action::Discard, Some(_)) => {
-                drop(DropReason::SelectorMismatch)
-            }
+            (
+                Action::Protect { .. } | Action::Bypass | Action::Discard | Action::Local,
+                Some(_),
+            ) => drop(DropReason::SelectorMismatch),
         }
     }
 }

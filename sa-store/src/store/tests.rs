@@ -1,5 +1,6 @@
 use super::*;
 use crate::cipher::{CipherJob, SaCipher};
+use crate::fib::{Neighbours, Route};
 use crate::sa::*;
 use crate::snapshot::Reader;
 use crate::suite::{AeadIcv, AesBits, Suite};
@@ -45,44 +46,32 @@ impl CipherFactory for Factory {
     }
 }
 
+/// With a hard limit of three packets and ten seconds.
 fn spec(name: &str, direction: Direction, spi: u32) -> Arc<SaSpec> {
     let suite = Suite::Gcm(AesBits::B128, AeadIcv::L16);
+    let keys = SaKeys {
+        enc: vec![1; 20].into(),
+        auth: Vec::new().into(),
+    };
     Arc::new(SaSpec {
-        name: name.into(),
         tunnel: "t".into(),
-        direction,
-        spi: Spi::new(spi).unwrap(),
-        src: "192.0.2.1".parse().unwrap(),
-        dst: "192.0.2.2".parse().unwrap(),
-        mode: Mode::Tunnel,
-        suite,
-        keys: SaKeys {
-            enc: vec![1; 20].into(),
-            auth: Vec::new().into(),
-        },
-        encap: None,
         esn: true,
-        replay_window: 64,
-        first_use: true,
-        soft: Limits::default(),
         hard: Limits {
             packets: Some(3),
             bytes: None,
             seconds: Some(10),
         },
-        dscp: Dscp::Copy,
-        df: Df::Copy,
-        ecn: true,
-        ttl: 64,
-        pmtu: None,
-        tfc: Tfc::Off,
-        mss_clamp: false,
-        vrf: Vrf(0),
-        if_id: IfId(0),
-        selectors: Vec::new(),
-        offload: OffloadMode::Software,
-        engine: None,
+        ..SaSpec::plain(name, direction, Spi::new(spi).unwrap(), suite, keys)
     })
+}
+
+fn add(
+    store: &mut Store,
+    draft: &mut Draft,
+    factory: &Factory,
+    (name, direction, spi): (&str, Direction, u32),
+) -> Result<SaId, StoreError> {
+    store.add_sa(draft, spec(name, direction, spi), factory, start(), 0)
 }
 
 fn start() -> Start {
@@ -99,15 +88,13 @@ fn keys_of_a_removed_sa_live_until_every_worker_has_moved_on() {
     let mut store = Store::new(2, 16);
     let mut readers = [0, 1].map(|w| Reader::new(Arc::clone(store.shared()), w));
     let mut draft = store.draft();
-    let id = store
-        .add_sa(
-            &mut draft,
-            spec("a", Direction::In, 0x1000),
-            &factory,
-            start(),
-            0,
-        )
-        .unwrap();
+    let id = add(
+        &mut store,
+        &mut draft,
+        &factory,
+        ("a", Direction::In, 0x1000),
+    )
+    .unwrap();
     store.publish(draft);
     for r in &mut readers {
         assert!(r.load().sa(id).is_some());
@@ -122,15 +109,13 @@ fn keys_of_a_removed_sa_live_until_every_worker_has_moved_on() {
     assert_eq!(store.reap(), [id]);
     assert_eq!(factory.0.load(Ordering::Relaxed), 0, "keys wiped");
     let mut draft = store.draft();
-    let next = store
-        .add_sa(
-            &mut draft,
-            spec("b", Direction::In, 0x1000),
-            &factory,
-            start(),
-            0,
-        )
-        .unwrap();
+    let next = add(
+        &mut store,
+        &mut draft,
+        &factory,
+        ("b", Direction::In, 0x1000),
+    )
+    .unwrap();
     assert_eq!(next.index, id.index);
     assert_ne!(next.generation, id.generation);
 }
@@ -140,22 +125,19 @@ fn a_discarded_draft_changes_nothing() {
     let factory = Factory::default();
     let mut store = Store::new(1, 1);
     let mut draft = store.draft();
-    store
-        .add_sa(
-            &mut draft,
-            spec("a", Direction::Out, 0x1000),
-            &factory,
-            start(),
-            0,
-        )
-        .unwrap();
+    add(
+        &mut store,
+        &mut draft,
+        &factory,
+        ("a", Direction::Out, 0x1000),
+    )
+    .unwrap();
     assert!(matches!(
-        store.add_sa(
+        add(
+            &mut store,
             &mut draft,
-            spec("b", Direction::Out, 0x1001),
             &factory,
-            start(),
-            0
+            ("b", Direction::Out, 0x1001)
         ),
         Err(StoreError::Full { limit: 1, .. })
     ));
@@ -163,15 +145,13 @@ fn a_discarded_draft_changes_nothing() {
     assert_eq!(store.current().epoch, 1);
     let mut draft = store.draft();
     assert!(
-        store
-            .add_sa(
-                &mut draft,
-                spec("c", Direction::Out, 0x1000),
-                &factory,
-                start(),
-                0
-            )
-            .is_ok()
+        add(
+            &mut store,
+            &mut draft,
+            &factory,
+            ("c", Direction::Out, 0x1000)
+        )
+        .is_ok()
     );
 }
 
@@ -180,24 +160,20 @@ fn a_taken_spi_names_the_sa_that_has_it() {
     let factory = Factory::default();
     let mut store = Store::new(1, 4);
     let mut draft = store.draft();
-    store
-        .add_sa(
-            &mut draft,
-            spec("a", Direction::In, 0x1000),
-            &factory,
-            start(),
-            0,
-        )
-        .unwrap();
-    let err = store
-        .add_sa(
-            &mut draft,
-            spec("b", Direction::In, 0x1000),
-            &factory,
-            start(),
-            0,
-        )
-        .unwrap_err();
+    add(
+        &mut store,
+        &mut draft,
+        &factory,
+        ("a", Direction::In, 0x1000),
+    )
+    .unwrap();
+    let err = add(
+        &mut store,
+        &mut draft,
+        &factory,
+        ("b", Direction::In, 0x1000),
+    )
+    .unwrap_err();
     assert_eq!(
         err.to_string(),
         "SA \"b\": SPI 0x00001000 at 192.0.2.2 is already in use by SA \"a\""
@@ -209,24 +185,20 @@ fn packet_n_passes_and_the_next_is_refused_by_name() {
     let factory = Factory::default();
     let mut store = Store::new(1, 4);
     let mut draft = store.draft();
-    let out = store
-        .add_sa(
-            &mut draft,
-            spec("o", Direction::Out, 0x1000),
-            &factory,
-            start(),
-            0,
-        )
-        .unwrap();
-    let inb = store
-        .add_sa(
-            &mut draft,
-            spec("i", Direction::In, 0x1001),
-            &factory,
-            start(),
-            0,
-        )
-        .unwrap();
+    let out = add(
+        &mut store,
+        &mut draft,
+        &factory,
+        ("o", Direction::Out, 0x1000),
+    )
+    .unwrap();
+    let inb = add(
+        &mut store,
+        &mut draft,
+        &factory,
+        ("i", Direction::In, 0x1001),
+    )
+    .unwrap();
     store.publish(draft);
     let snap = store.current();
     let o = snap.sa(out).unwrap();
@@ -252,27 +224,23 @@ fn tunnel_totals_go_on_when_an_sa_is_replaced() {
     let factory = Factory::default();
     let mut store = Store::new(1, 4);
     let mut draft = store.draft();
-    let a = store
-        .add_sa(
-            &mut draft,
-            spec("a", Direction::Out, 0x1000),
-            &factory,
-            start(),
-            0,
-        )
-        .unwrap();
+    let a = add(
+        &mut store,
+        &mut draft,
+        &factory,
+        ("a", Direction::Out, 0x1000),
+    )
+    .unwrap();
     store.publish(draft);
     store.current().sa(a).unwrap().next_out(100, 0).unwrap();
     let mut draft = store.draft();
-    let b = store
-        .add_sa(
-            &mut draft,
-            spec("b", Direction::Out, 0x1001),
-            &factory,
-            start(),
-            0,
-        )
-        .unwrap();
+    let b = add(
+        &mut store,
+        &mut draft,
+        &factory,
+        ("b", Direction::Out, 0x1001),
+    )
+    .unwrap();
     draft.remove_sa(a);
     store.publish(draft);
     assert_eq!(store.totals()[0].0.packets, 1, "while retiring");
@@ -289,6 +257,51 @@ fn tunnel_totals_go_on_when_an_sa_is_replaced() {
         }
     );
     assert_eq!(store.tunnels()[0].rekeys, 1);
+}
+
+#[test]
+fn forgotten_tunnels_leave_no_name_and_their_index_to_nobody() {
+    let mut store = Store::new(0, 100);
+    let mut draft = store.draft();
+    let a = store
+        .add_sa(
+            &mut draft,
+            spec("a", Direction::Out, 0x1000),
+            &Factory::default(),
+            start(),
+            0,
+        )
+        .unwrap();
+    let idle = store.tunnel("idle");
+    let routed = store.tunnel("routed");
+    let route = Route {
+        vrf: Vrf(0),
+        addr: [10, 0, 0, 0].into(),
+        len: 8,
+        to: RouteTo::Tunnel(routed),
+    };
+    draft.set_fib(Arc::new(
+        Fib::build(&[route], Neighbours::default()).unwrap(),
+    ));
+    store.publish(draft);
+    store.forget_tunnels(&HashSet::from(["idle"]));
+    assert_eq!(store.named_tunnels(), 3, "with an SA, a route, a wish");
+    store.forget_tunnels(&HashSet::new());
+    assert_eq!(
+        (store.named_tunnels(), store.find_tunnel("idle")),
+        (2, None)
+    );
+    assert_eq!(store.tunnels()[idle.0 as usize].name, "");
+    assert!(store.tunnel("idle") > routed, "an index of its own");
+    let mut draft = store.draft();
+    draft.remove_sa(a);
+    store.publish(draft);
+    store.forget_tunnels(&HashSet::new());
+    assert!(store.find_tunnel("t").is_some(), "while its SA retires");
+    store.reap();
+    store.forget_tunnels(&HashSet::new());
+    assert_eq!(store.named_tunnels(), 1);
+    assert_eq!(store.find_tunnel("routed"), Some(routed));
 }
 
 #[test]

@@ -13,6 +13,7 @@ use crate::file::value::shown;
 use super::draft::{Draft, check_sa};
 use super::words::{End, Word, Words, number, statements};
 
+pub use algorithm::{KernelAlgorithms, kernel_suite};
 use policy::policy;
 use state::state;
 

@@ -6,7 +6,7 @@ use crate::file::fault::{Fault, Location};
 use crate::file::fields::At;
 use crate::file::value::address;
 use crate::import::draft::{Link, SaDraft};
-use crate::import::words::{Word, Words, number};
+use crate::import::words::{Word, Words, number, udp_port};
 use crate::policy::Selector;
 use crate::sa::{Df, Direction, Dscp, Limits, Mode, UdpEncap};
 
@@ -210,7 +210,7 @@ fn encap(w: &mut Words<'_>) -> Result<UdpEncap, Fail> {
         if printed {
             let _ = w.take(name);
         }
-        w.number::<u16>("a port")
+        w.parsed(name, udp_port)
     };
     let (sport, dport) = (port("sport")?.v, port("dport")?.v);
     if printed {
@@ -225,8 +225,11 @@ fn encap(w: &mut Words<'_>) -> Result<UdpEncap, Fail> {
 
 fn limit(s: &mut StateWords<'_>, w: &mut Words<'_>) -> Result<(), Fail> {
     let what = w.value("a limit")?;
-    let v = w.number::<u64>(what.text)?.v;
-    let v = (v > 0 && v < u64::MAX).then_some(v);
+    let v = w.number::<u64>(what.text)?;
+    if v.v == 0 && !what.text.starts_with("time") {
+        return Err(no_traffic(v.at));
+    }
+    let v = Some(v.v).filter(|v| (1..u64::MAX).contains(v));
     match what.text {
         "time-soft" => s.soft.seconds = v,
         "time-hard" => s.hard.seconds = v,
@@ -237,6 +240,12 @@ fn limit(s: &mut StateWords<'_>, w: &mut Words<'_>) -> Result<(), Fail> {
         _ => return Err(unsupported(&what, "times count from installation here")),
     }
     Ok(())
+}
+
+/// To the kernel 0 seconds are no limit; 0 packets or bytes are one.
+fn no_traffic(at: Location) -> Fail {
+    let why = "a limit of 0 ends the SA with its first packet";
+    (at, Fault::Unsupported(why.into()))
 }
 
 /// `config:` with its limits, or `current:` with what was used.
@@ -260,6 +269,11 @@ pub(super) fn lifetime(s: &mut StateWords<'_>, w: &mut Words<'_>) -> Result<(), 
         let (soft, hard);
         if w.take("limit:").is_some() {
             (soft, hard) = pair(w)?;
+            for a in [&soft, &hard] {
+                if a.v == Some(0) {
+                    return Err(no_traffic(a.at.clone()));
+                }
+            }
             match soft.unit {
                 "bytes" => (s.soft.bytes, s.hard.bytes) = (soft.v, hard.v),
                 "packets" => (s.soft.packets, s.hard.packets) = (soft.v, hard.v),
