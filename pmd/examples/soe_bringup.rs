@@ -3,7 +3,6 @@
 //!
 //! What it finds is what the reference does not know; what the driver assumes is printed by the driver.
 
-use std::any::Any;
 use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
@@ -17,11 +16,9 @@ use pmd::engine::{EspEngine, EspJob, JobKind, JobStatus};
 use pmd::qdma::QdmaPlan;
 use pmd::soe::{SoeConfig, SoeEngine};
 use pmd::{Arena, ArenaConfig, Pool};
-use sa_store::cipher::{CipherJob, SaCipher};
+use sa_store::cipher::NoCipher;
 use sa_store::runtime::{Install, Place, SaEntry, Start, TunnelIdx};
-use sa_store::sa::{
-    Df, Direction, Dscp, IfId, Limits, Mode, OffloadMode, SaId, SaKeys, SaSpec, Spi, Tfc, Vrf,
-};
+use sa_store::sa::{Direction, OffloadMode, SaId, SaKeys, SaSpec, Spi};
 use sa_store::snapshot::Snapshot;
 use sa_store::store::Store;
 use sa_store::suite::{AesBits, Cipher, Hmac, Suite};
@@ -53,7 +50,7 @@ fn run() -> Outcome {
         frames: 8192,
         ..ArenaConfig::default()
     })?;
-    let plans = vec![QdmaPlan::shared(0), QdmaPlan::shared(1)];
+    let plans = vec![QdmaPlan::shared(0, 2, true), QdmaPlan::shared(1, 2, true)];
     let block = Block::new(&eth, soe.as_ref(), plans, &arena)?;
     let engine = block.engine(SoeConfig::default())?;
     println!("checks 1 and 2: registers answer, 32 slots invalidated");
@@ -234,21 +231,6 @@ impl Bench {
     }
 }
 
-/// Keys are the engine's: software does nothing.
-struct NoCipher;
-
-impl SaCipher for NoCipher {
-    fn lane(&self) -> u16 {
-        0
-    }
-    fn prefetch(&self) {}
-    fn seal(&self, _: &mut [CipherJob<'_>]) {}
-    fn open(&self, _: &mut [CipherJob<'_>]) {}
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-}
-
 fn inner(len: u16) -> Vec<u8> {
     let mut p = vec![0x5a; usize::from(len)];
     p[..20].fill(0);
@@ -260,35 +242,17 @@ fn inner(len: u16) -> Vec<u8> {
 fn spec(direction: Direction) -> SaSpec {
     let key = |n: usize| (1..=255).take(n).collect::<Vec<u8>>().into();
     SaSpec {
-        name: "bring-up".into(),
-        tunnel: "bring-up".into(),
-        direction,
-        spi: Spi::new(0x1000).unwrap_or_else(|| unreachable!("above 255")),
-        src: [192, 0, 2, 1].into(),
-        dst: [192, 0, 2, 2].into(),
-        mode: Mode::Tunnel,
-        suite: SUITE,
-        keys: SaKeys {
-            enc: key(SUITE.enc_key_len()),
-            auth: key(SUITE.auth_key_len()),
-        },
-        encap: None,
-        esn: false,
-        replay_window: 64,
-        first_use: true,
-        soft: Limits::default(),
-        hard: Limits::default(),
-        dscp: Dscp::Copy,
-        df: Df::Copy,
-        ecn: true,
-        ttl: 64,
-        pmtu: None,
-        tfc: Tfc::Off,
-        mss_clamp: false,
-        vrf: Vrf::default(),
-        if_id: IfId::default(),
-        selectors: Vec::new(),
         offload: OffloadMode::Packet,
         engine: Some("soe".into()),
+        ..SaSpec::plain(
+            "bring-up",
+            direction,
+            Spi::new(0x1000).unwrap_or_else(|| unreachable!("above 255")),
+            SUITE,
+            SaKeys {
+                enc: key(SUITE.enc_key_len()),
+                auth: key(SUITE.auth_key_len()),
+            },
+        )
     }
 }

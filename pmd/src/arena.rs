@@ -9,6 +9,12 @@
 //! device ([`RawFrame`]). The mapping outlives them all: an arena that is dropped while frames are missing keeps its mapping
 //! for ever (logged and counted by [`leaked_mappings`]).
 //!
+//! **No frame lies on two huge pages.** Huge pages need not be neighbours in the memory that a device sees, and there are
+//! devices that lose a packet which lies on two (QEMU's igb and e1000e), drivers that would need two descriptors for it, and
+//! modes that cannot offer it (no IOMMU). Frames whose stride does not divide 2 MiB therefore leave out the number whose frame
+//! would cross such an edge: it is never in the depot, and as many frames more are mapped (one in 205 of 10240 bytes). A
+//! frame's address stays its number times the stride.
+//!
 //! **Head-room colours.** Frames whose stride is a multiple of 1 KiB would all begin on the same few cache sets. For such
 //! strides the default head-room of neighbouring frames differs by up to seven cache lines, where at least 1664 bytes stay
 //! free behind it. An odd number of cache lines as stride (2112, say) needs no colours.
@@ -22,14 +28,19 @@ use crate::frame::{Frame, RawFrame};
 use crate::pool::PoolStats;
 
 mod mapping;
+mod reused;
 
 use mapping::Mapping;
 pub(crate) use mapping::memfd;
+pub(crate) use reused::reused;
 
 /// Smallest default head-room: room for the outer Ethernet, VLAN, IPv6, UDP and ESP headers and the IV.
 pub const MIN_HEADROOM: u16 = 128;
 /// Largest default head-room, which the frames' colours may add to.
 pub const MAX_HEADROOM: u16 = crate::frame::HEADROOM_MAX - 7 * 64;
+
+/// Smallest huge page; all larger ones are multiples of it.
+const HUGE_PAGE: u64 = 2 << 20;
 
 /// Which page size the arena asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -93,7 +104,7 @@ pub enum ArenaError {
         /// Asked-for frame size.
         stride: u32,
     },
-    /// frames × stride is more than the address space.
+    /// frames × stride is more than the address space, or than 2³² frames.
     #[error("{frames} frames of {stride} bytes are more than the address space")]
     TooLarge {
         /// Asked-for number of frames.
@@ -126,6 +137,8 @@ pub struct Arena {
     len: usize,
     id: u32,
     frames: u32,
+    /// One more than the largest index; see the module text for those that are left out.
+    end: u32,
     stride: u16,
     headroom: u16,
     colours: u16,
@@ -175,7 +188,8 @@ impl Arena {
         if u32::from(headroom) + 64 > stride {
             return Err(ArenaError::NoRoom { headroom, stride });
         }
-        let len = usize::try_from(u64::from(frames) * u64::from(stride))
+        let end = end_of_indexes(frames, stride).ok_or(ArenaError::TooLarge { frames, stride })?;
+        let len = usize::try_from(u64::from(end) * u64::from(stride))
             .ok()
             .filter(|&n| isize::try_from(n).is_ok())
             .ok_or(ArenaError::TooLarge { frames, stride })?;
@@ -196,11 +210,12 @@ impl Arena {
             mapping: Some(mapping),
             id: NEXT_ID.fetch_add(1, Relaxed),
             frames,
+            end,
             stride: stride16,
             headroom,
             colours: colours(stride16, headroom),
             name: config.name,
-            depot: Mutex::new((0..frames).rev().collect()),
+            depot: Mutex::new((0..end).rev().filter(|&i| is_whole(i, stride)).collect()),
             level: AtomicU32::new(frames),
             pools: Mutex::new(Vec::new()),
         });
@@ -211,6 +226,27 @@ impl Arena {
     /// Number of frames.
     pub fn frames(&self) -> u32 {
         self.frames
+    }
+
+    /// Indexes of frames, ascending.
+    pub fn indexes(&self) -> impl Iterator<Item = u32> + use<> {
+        let stride = self.stride();
+        (0..self.end).filter(move |&i| is_whole(i, stride))
+    }
+
+    /// One more than the largest index of a frame.
+    #[inline(always)]
+    pub fn end_of_indexes(&self) -> u32 {
+        self.end
+    }
+
+    /// The number of pages on which a frame lies at most.
+    pub fn pages_of_a_frame(&self) -> usize {
+        let (page, stride) = (self.page_size(), usize::from(self.stride));
+        if page.is_multiple_of(stride) || page as u64 >= HUGE_PAGE {
+            return 1;
+        }
+        stride.div_ceil(page) + 1
     }
 
     /// Bytes per frame.
@@ -234,7 +270,7 @@ impl Arena {
         self.base.as_ptr()
     }
 
-    /// Bytes mapped: frames × stride, rounded up to whole pages.
+    /// Bytes mapped: frames × stride, with what is left out, rounded up to whole pages.
     pub fn len(&self) -> usize {
         self.len
     }
@@ -322,7 +358,7 @@ impl Arena {
         let stride = u64::from(self.stride);
         let index = u32::try_from(offset / stride)
             .ok()
-            .filter(|&i| i < self.frames)?;
+            .filter(|&i| i < self.end)?;
         let within = u16::try_from(offset % stride).ok()?;
         let len = u16::try_from(len).ok()?;
         if u32::from(within) + u32::from(len) > u32::from(self.stride) {
@@ -351,12 +387,12 @@ impl Arena {
     /// Handle of the frame at `index`.
     ///
     /// # Safety
-    /// `index < frames`, and the caller owns that frame (took its index out of the depot or a pool, or back from a device).
+    /// `index < end`, and the caller owns that frame (took its index out of the depot or a pool, or back from a device).
     #[inline(always)]
     pub(crate) unsafe fn frame_at_index(&self, index: u32) -> Frame {
         // The number of colours is a power of two.
         let colour = u16::try_from(index & u32::from(self.colours - 1)).unwrap_or(0) * 64;
-        // SAFETY: index < frames, so the frame lies in the mapping; the memory of a memfd is zero-initialised; ownership is
+        // SAFETY: index < end, so the frame lies in the mapping; the memory of a memfd is zero-initialised; ownership is
         // the caller's promise.
         unsafe {
             let base = self.base.add(index as usize * usize::from(self.stride));
@@ -439,6 +475,29 @@ pub(crate) fn bring_home(id: u32, index: u32) {
     if let Some(arena) = arena {
         arena.give(std::iter::once(index));
     }
+}
+
+/// Whether the frame at `index` lies in one huge page.
+fn is_whole(index: u32, stride: u32) -> bool {
+    let first = u64::from(index) * u64::from(stride);
+    let last = first + u64::from(stride) - 1;
+    first / HUGE_PAGE == last / HUGE_PAGE
+}
+
+/// The smallest number below which `frames` indexes are of whole frames; `None` when it is too large for an index.
+fn end_of_indexes(frames: u32, stride: u32) -> Option<u32> {
+    // Edges below `end` that lie inside a frame. A frame is smaller than a huge page, so each costs one frame.
+    let crossed = |end: u64| {
+        let edges = (end * u64::from(stride) - 1) / HUGE_PAGE;
+        // Every so many edges a frame ends on one: the odd part of the stride, as a huge page is a power of two.
+        edges - edges / u64::from(stride >> stride.trailing_zeros())
+    };
+    let mut end = u64::from(frames);
+    // Each round adds what the last one's additions cost, a small part of them.
+    while end - crossed(end) < u64::from(frames) {
+        end = u64::from(frames) + crossed(end);
+    }
+    u32::try_from(end).ok()
 }
 
 /// How many different head-rooms neighbouring frames get, a power of two; see the module text.

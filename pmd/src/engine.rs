@@ -220,6 +220,11 @@ pub trait EspEngine: Send {
         true
     }
 
+    /// Whether a device answers behind it. One that does cannot be opened anew while this has it, nor need it be.
+    fn is_present(&self) -> bool {
+        false
+    }
+
     /// Waits up to `patience` for everything in flight; true when nothing is left. Blocks: not for the poll loop.
     fn drain(&mut self, patience: Duration, done: &mut Vec<EspJob>) -> bool {
         let begin = std::time::Instant::now();

@@ -18,6 +18,7 @@ pub mod frame;
 pub mod intel;
 pub mod memory;
 mod netif;
+mod netlink;
 pub mod nic;
 pub mod pcap;
 pub mod pool;

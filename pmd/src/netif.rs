@@ -109,6 +109,22 @@ impl Interface {
         Ok(mac)
     }
 
+    pub(crate) fn set_mac(&self, mac: MacAddr) -> Result<(), PortError> {
+        let mut request = self.name.request();
+        // SAFETY: all-zero bytes are a valid sockaddr.
+        let mut address: libc::sockaddr = unsafe { std::mem::zeroed() };
+        address.sa_family = libc::ARPHRD_ETHER;
+        for (to, from) in address.sa_data.iter_mut().zip(mac.0) {
+            *to = libc::c_char::from_ne_bytes([from]);
+        }
+        request.ifr_ifru.ifru_hwaddr = address;
+        self.call(
+            libc::SIOCSIFHWADDR,
+            "set the hardware address",
+            &mut request,
+        )
+    }
+
     pub(crate) fn mtu(&self) -> Result<u32, PortError> {
         let mut request = self.name.request();
         self.call(libc::SIOCGIFMTU, "read the MTU", &mut request)?;
@@ -124,12 +140,21 @@ impl Interface {
     }
 
     pub(crate) fn set_up(&self) -> Result<(), PortError> {
+        self.set_flag(libc::IFF_UP, "bring the interface up")
+    }
+
+    /// The kernel asks nobody for link addresses here.
+    pub(crate) fn set_no_arp(&self) -> Result<(), PortError> {
+        self.set_flag(libc::IFF_NOARP, "switch ARP off")
+    }
+
+    fn set_flag(&self, flag: libc::c_int, step: &'static str) -> Result<(), PortError> {
         let mut request = self.name.request();
         self.call(libc::SIOCGIFFLAGS, "read the flags", &mut request)?;
         // SAFETY: the call succeeded, so the kernel filled this member of the union.
         let flags = unsafe { request.ifr_ifru.ifru_flags };
-        request.ifr_ifru.ifru_flags = flags | i16::try_from(libc::IFF_UP).unwrap_or(1);
-        self.call(libc::SIOCSIFFLAGS, "bring the interface up", &mut request)
+        request.ifr_ifru.ifru_flags = flags | i16::try_from(flag).unwrap_or(0);
+        self.call(libc::SIOCSIFFLAGS, step, &mut request)
     }
 
     /// Receive queues in use; 1 when the driver does not say.

@@ -25,6 +25,18 @@ pub struct TapConfig {
     pub mtu: Option<u32>,
     /// Whether to bring the interface up.
     pub up: bool,
+    /// Makes the interface the kernel's side of another port, whose packets are protected elsewhere.
+    pub exception: Option<Exception>,
+}
+
+/// What makes a TAP the exception path of a port.
+#[derive(Debug, Clone, Copy)]
+pub struct Exception {
+    /// The port's address: what is sent to the port is then for the kernel too.
+    pub mac: MacAddr,
+    /// Whether the kernel finds neighbours by this interface. Else it sends everything to its own address, and the port's
+    /// owner finds them.
+    pub neighbours: bool,
 }
 
 /// A TAP port; its first queue exists already.
@@ -48,6 +60,9 @@ pub struct TapQueue {
 const MAX_QUEUES: usize = 256;
 /// Ethernet header and one VLAN tag.
 const OVERHEAD: usize = 18;
+// From linux/ip.h: IPV4_DEVCONF_NOXFRM and IPV4_DEVCONF_NOPOLICY.
+const NOXFRM: u16 = 15;
+const NOPOLICY: u16 = 16;
 
 impl TapPort {
     /// Makes the interface (or joins one of this name that allows several queues).
@@ -69,13 +84,22 @@ impl TapPort {
         if let Some(mtu) = config.mtu {
             interface.set_mtu(mtu)?;
         }
+        if let Some(exception) = config.exception {
+            interface.set_mac(exception.mac)?;
+            if !exception.neighbours {
+                interface.set_no_arp()?;
+            }
+            without_xfrm(&interface, &name)?;
+        }
         if config.up {
             interface.set_up()?;
         }
         let (mtu, mac) = (interface.mtu()?, interface.mac()?);
         tracing::info!(port = name.as_str(), mtu, "TAP interface opened");
         Ok(TapPort {
-            mac: gateway_side(mac),
+            mac: config
+                .exception
+                .map_or_else(|| gateway_side(mac), |exception| exception.mac),
             mtu,
             name,
             interface,
@@ -245,6 +269,24 @@ fn open_queue(name: &IfName) -> Result<(File, IfName), PortError> {
         .take_while(|&b| b != 0)
         .collect();
     Ok((file, IfName::parse(&String::from_utf8_lossy(&bytes))?))
+}
+
+/// The kernel hands this host's packets over in the clear and takes decrypted ones without asking its own policies.
+fn without_xfrm(interface: &Interface, name: &IfName) -> Result<(), PortError> {
+    let index = interface.index()?;
+    crate::netlink::set_inet_conf(index, &[(NOXFRM, 1), (NOPOLICY, 1)]).map_err(|source| {
+        PortError::System {
+            port: name.as_str().into(),
+            step: "set disable_xfrm and disable_policy",
+            source,
+        }
+    })?;
+    // IPv6 has no such message, and no disable_xfrm. In a sandbox the file may be out of reach.
+    let file = format!("/proc/sys/net/ipv6/conf/{}/disable_policy", name.as_str());
+    if let Err(error) = std::fs::write(&file, "1") {
+        tracing::warn!(%file, %error, "not set: the kernel's own IPv6 policies apply to what it is given");
+    }
+    Ok(())
 }
 
 /// The port's own address: the kernel's with one bit changed, since the two ends of the wire are two stations.

@@ -41,6 +41,7 @@ fn frames_cross_both_ways_whole_and_in_order() {
             name: "tap%d".into(),
             mtu: Some(1500),
             up: true,
+            exception: None,
         })
         .unwrap();
         assert_eq!((port.name(), port.info().mtu), ("tap0", 1500));
@@ -100,6 +101,7 @@ fn several_queues_serve_one_interface_that_goes_with_them() {
         name: "multi".into(),
         mtu: None,
         up: true,
+        exception: None,
     };
     let (mut queues, kernel) = ns.enter(|| {
         let port = TapPort::open(&config).unwrap();
@@ -167,6 +169,7 @@ fn a_wrong_setting_is_refused() {
             name: name.into(),
             mtu,
             up: false,
+            exception: None,
         })
     };
     assert!(matches!(open("a/b", None), Err(PortError::Name { .. })));

@@ -11,6 +11,7 @@
 
 mod bus;
 pub mod eip93;
+pub mod fuzz;
 mod knobs;
 mod log;
 mod protocol;
@@ -18,6 +19,7 @@ mod server;
 pub mod soe;
 mod sys;
 
+use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
 pub use bus::{Bus, DmaFault};
@@ -46,6 +48,11 @@ pub trait Model: Send {
 
     /// Does one small piece of work (a packet, say): registers are served in between.
     fn turn(&mut self, bus: &mut Bus) -> Turn;
+
+    /// What else wakes the model, beside its time and its registers: each that is readable gives it a [`Model::turn`].
+    fn wakes(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
 
     /// Back to the state after power-on: the driver asked for it, or it has gone.
     fn reset(&mut self);

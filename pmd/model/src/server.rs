@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -78,7 +78,7 @@ impl Server {
     /// When the socket cannot be listened on any more. A driver that breaks the protocol is sent away.
     pub fn run(&self, model: &mut dyn Model) -> io::Result<()> {
         while !self.stop.load(Ordering::Relaxed) {
-            if !readable(self.listener.as_fd(), Some(NAP))? {
+            if !readable(self.listener.as_fd(), &[], NAP)?.0 {
                 continue;
             }
             let (stream, _) = self.listener.accept()?;
@@ -187,7 +187,9 @@ impl<'a> Session<'a> {
                 Turn::At(when) => when.saturating_duration_since(Instant::now()).min(NAP),
                 Turn::Idle => NAP,
             };
-            if readable(stream.as_fd(), Some(wait))? {
+            let others = self.model.wakes();
+            let (asked, woken) = readable(stream.as_fd(), &others, wait)?;
+            if asked {
                 let Some(request) = Request::receive(&mut stream)? else {
                     return Ok(());
                 };
@@ -201,7 +203,7 @@ impl<'a> Session<'a> {
                 Turn::At(when) => when <= Instant::now(),
                 Turn::Idle => false,
             };
-            if due {
+            if due || woken {
                 turn = self.model.turn(&mut self.bus);
             }
         }
@@ -343,18 +345,27 @@ impl<'a> Session<'a> {
     }
 }
 
-fn readable(fd: std::os::fd::BorrowedFd<'_>, wait: Option<Duration>) -> io::Result<bool> {
-    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
-    let timeout = match wait {
-        Some(Duration::ZERO) => PollTimeout::ZERO,
-        // Milliseconds, rounded up: a model that wants to be called sooner than that stays busy.
-        Some(wait) if wait < Duration::from_millis(1) => PollTimeout::ZERO,
-        Some(wait) => PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX),
-        None => PollTimeout::NONE,
+/// Whether `fd` is readable, and whether any of the others is.
+fn readable(
+    fd: BorrowedFd<'_>,
+    others: &[BorrowedFd<'_>],
+    wait: Duration,
+) -> io::Result<(bool, bool)> {
+    let all = std::iter::once(&fd).chain(others);
+    let mut fds: Vec<PollFd<'_>> = all.map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
+    // Milliseconds: a model that wants to be called sooner than that stays busy.
+    let timeout = if wait < Duration::from_millis(1) {
+        PollTimeout::ZERO
+    } else {
+        PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)
     };
     match poll(&mut fds, timeout) {
-        Ok(n) => Ok(n > 0),
-        Err(nix::errno::Errno::EINTR) => Ok(false),
+        Ok(0) | Err(nix::errno::Errno::EINTR) => Ok((false, false)),
+        Ok(_) => {
+            let has = |fd: &PollFd<'_>| fd.revents().is_some_and(|r| !r.is_empty());
+            let (first, rest) = fds.split_at(1);
+            Ok((first.iter().any(has), rest.iter().any(has)))
+        }
         Err(e) => Err(e.into()),
     }
 }

@@ -1,4 +1,4 @@
-//! Shared memory and passed descriptors: all `unsafe` of this crate.
+//! Shared memory, passed descriptors, TAP interfaces: all `unsafe` of this crate.
 
 #![allow(
     unsafe_code,
@@ -125,6 +125,31 @@ impl SharedMap {
     fn holds(&self, offset: usize, len: usize) -> bool {
         offset.checked_add(len).is_some_and(|end| end <= self.len())
     }
+}
+
+nix::ioctl_write_ptr_bad!(tun_set_iff, libc::TUNSETIFF, libc::ifreq);
+
+/// Makes an open `/dev/net/tun` the TAP interface `name`.
+pub(crate) fn become_tap(file: &File, name: &str) -> io::Result<()> {
+    let fits = (1..libc::IFNAMSIZ).contains(&name.len()) && !name.contains('\0');
+    if !fits {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "no name of an interface",
+        ));
+    }
+    let flags = libc::c_short::try_from(libc::IFF_TAP | libc::IFF_NO_PI)
+        .map_err(|_| io::ErrorKind::Unsupported)?;
+    let mut request = libc::ifreq {
+        ifr_name: [0; libc::IFNAMSIZ],
+        ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: flags },
+    };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    // SAFETY: the request is a whole ifreq and lives as long as the call, which reads name and flags of it.
+    unsafe { tun_set_iff(file.as_raw_fd(), &raw const request) }?;
+    Ok(())
 }
 
 /// Reads up to `out.len()` bytes and the descriptors that come with them.

@@ -160,7 +160,7 @@ impl AfXdpPort {
         let len = if unaligned {
             arena.len() as u64
         } else {
-            u64::from(arena.frames()) * u64::from(stride)
+            u64::from(arena.end_of_indexes()) * u64::from(stride)
         };
         Ok(Umem {
             base: arena.base(),

@@ -51,7 +51,7 @@ impl AfXdpQueue {
             scratch: Vec::with_capacity(socket.fill.size() as usize),
             socket: Some((socket, trial)),
             arena: Arc::clone(arena),
-            lent: Lent::new(arena.frames()),
+            lent: Lent::new(arena.end_of_indexes()),
             in_tx: 0,
             flushes: 0,
             seen_dropped: 0,
@@ -325,7 +325,7 @@ impl Lent {
     fn take_all(&mut self, arena: &Arena) -> Vec<Frame> {
         let stride = u64::from(arena.stride());
         let mut frames = Vec::new();
-        for index in 0..arena.frames() {
+        for index in arena.indexes() {
             frames.extend(self.take_back(arena, u64::from(index) * stride, 0));
         }
         frames
@@ -345,7 +345,7 @@ mod tests {
         })
         .unwrap();
         let mut pool = Pool::new(&arena, 70);
-        let mut lent = Lent::new(arena.frames());
+        let mut lent = Lent::new(arena.end_of_indexes());
         let mut frames = Vec::new();
         pool.get_bulk(&mut frames, 70);
         let raw = frames.remove(69).into_raw();

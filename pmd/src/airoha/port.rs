@@ -17,18 +17,55 @@ const RING: u8 = 0;
 const SHORTEST: usize = 60;
 const ETHERNET: u32 = 18;
 
+/// Where the block's MACs are: the ports of the packet switch that lead to them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Gdm(u8);
+
+impl Gdm {
+    /// Number 1 (the switch of the LAN ports) to 4.
+    pub fn new(number: u8) -> Option<Gdm> {
+        (1..=4).contains(&number).then_some(Gdm(number))
+    }
+
+    /// 1 to 4.
+    pub fn number(self) -> u8 {
+        self.0
+    }
+
+    /// The QDMA instance that the public drivers serve it with: 0 for the LAN ports, 1 for the others.
+    pub fn usual_instance(self) -> u8 {
+        u8::from(self.0 != 1)
+    }
+
+    /// Where its frames go to in the packet switch.
+    fn pse(self) -> PsePort {
+        match self.0 {
+            1 => PsePort::GDM1,
+            2 => PsePort::GDM2,
+            3 => PsePort::GDM3,
+            _ => PsePort::GDM4,
+        }
+    }
+
+    /// What received frames name as their source, first and last such number. The public driver takes 0x10 to 0x14 for the
+    /// first, and the number itself for the others.
+    fn sources(self) -> (u8, u8) {
+        match self.0 {
+            1 => (0x10, 0x14),
+            n => (n, n),
+        }
+    }
+}
+
 /// A port to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PortOptions {
     /// Name.
     pub name: String,
-    /// QDMA instance: 0 for LAN ports, 1 for WAN.
+    /// Which of the block's MACs.
+    pub gdm: Gdm,
+    /// QDMA instance, 0 or 1: see [`Gdm::usual_instance`].
     pub instance: u8,
-    /// Where its frames go to in the packet switch.
-    pub pse: PsePort,
-    /// What received frames name as their source: the first and the last such number. The public driver takes 0x10 to 0x14
-    /// for the first GDM, and the GDM's number for the second to the fourth.
-    pub sources: (u8, u8),
     /// Own address, as the kernel knew it.
     pub mac: MacAddr,
     /// Largest IP packet.
@@ -88,20 +125,18 @@ impl Port for AirohaPort {
                 room,
             });
         }
-        let PortOptions {
-            instance, sources, ..
-        } = self.options;
+        let PortOptions { instance, gdm, .. } = self.options;
         let (cookie, attached) = {
             let mut hub = self.hub.lock();
             if hub.arena_id() != arena.id() {
                 return Err(PortError::ForeignArena { port: name.clone() });
             }
-            (hub.new_cookie(), hub.attach_port(instance, sources))
+            (hub.new_cookie(), hub.attach_port(instance, gdm.sources()))
         };
         if !attached {
             return Err(PortError::Setting {
                 port: name.clone(),
-                reason: "its source numbers are another port's".into(),
+                reason: format!("GDM {} is another port's", gdm.number()),
             });
         }
         Ok(vec![Box::new(AirohaQueue {
@@ -125,7 +160,9 @@ struct AirohaQueue {
 
 impl PortQueue for AirohaQueue {
     fn rx_burst(&mut self, _pool: &mut Pool, out: &mut Vec<Frame>, max: usize) -> usize {
-        let mut hub = self.hub.lock();
+        let Some(mut hub) = self.hub.try_lock() else {
+            return 0;
+        };
         if self.control.take_restart() {
             let done = hub.stop().and_then(|()| hub.start());
             if let Err(error) = done {
@@ -135,7 +172,7 @@ impl PortQueue for AirohaQueue {
         }
         hub.pump();
         let before = out.len();
-        let (n, lost) = hub.take_port(self.options.instance, self.options.sources, out, max);
+        let (n, lost) = hub.take_port(self.options.instance, self.options.gdm.sources(), out, max);
         self.stats.rx_dropped.add(lost);
         let dropped = hub.take_tx_errors(self.cookie);
         self.stats.tx_errors.add(dropped);
@@ -147,7 +184,9 @@ impl PortQueue for AirohaQueue {
     }
 
     fn tx_burst(&mut self, pool: &mut Pool, frames: &mut Vec<Frame>) -> usize {
-        let mut hub = self.hub.lock();
+        let Some(mut hub) = self.hub.try_lock() else {
+            return 0;
+        };
         let mut room = hub.room(self.options.instance, RING);
         let fit = frames.len().min(room as usize);
         let (mut sent, mut bytes, mut errors) = (0, 0, 0);
@@ -158,7 +197,7 @@ impl PortQueue for AirohaQueue {
                 zeros.fill(0);
             }
             let len = frame.len();
-            let msg = TxMsg::frame(self.options.pse);
+            let msg = TxMsg::frame(self.options.gdm.pse());
             let done = if len < SHORTEST || room == 0 {
                 Err(frame)
             } else {
@@ -183,7 +222,9 @@ impl PortQueue for AirohaQueue {
     }
 
     fn flush(&mut self, _pool: &mut Pool) {
-        self.hub.lock().pump();
+        if let Some(mut hub) = self.hub.try_lock() {
+            hub.pump();
+        }
     }
 
     fn stats(&self) -> &Arc<PortQueueStats> {
@@ -193,13 +234,13 @@ impl PortQueue for AirohaQueue {
     /// The hub keeps its rings, which serve other ports and the engine; this port's frames go home.
     fn drain(&mut self, _pool: &mut Pool) {
         let mut hub = self.hub.lock();
-        hub.detach_port(self.options.instance, self.options.sources);
+        hub.detach_port(self.options.instance, self.options.gdm.sources());
     }
 }
 
 impl Drop for AirohaQueue {
     fn drop(&mut self) {
         let mut hub = self.hub.lock();
-        hub.detach_port(self.options.instance, self.options.sources);
+        hub.detach_port(self.options.instance, self.options.gdm.sources());
     }
 }

@@ -6,7 +6,6 @@ use crate::device::RegisterSpace;
 use crate::device::model::{ModelBus, ModelDevice};
 use crate::pool::Pool;
 use crate::port::{MacAddr, Port};
-use crate::qdma::PsePort;
 use crate::qdma::tests::{Player, Registers};
 
 struct Rig {
@@ -16,33 +15,38 @@ struct Rig {
     arena: Arc<Arena>,
 }
 
-fn rig() -> Rig {
+/// A device, the player of its rings, its packet switch.
+fn device() -> (Arc<dyn Device>, Player, Arc<Registers>) {
     let bus = ModelBus::new();
     let (fe, regs) = (Registers::new(), Registers::new());
     fe.set(PSE_FC_CFG, u32::MAX);
     let spaces: [(u32, Arc<dyn RegisterSpace>); 2] =
         [(0, Arc::clone(&fe) as _), (1, Arc::clone(&regs) as _)];
-    let device: Arc<dyn Device> = Arc::new(ModelDevice::new("eth", &bus, vec![], spaces).unwrap());
+    let device = Arc::new(ModelDevice::new("eth", &bus, vec![], spaces).unwrap());
+    (device, Player::new(&bus, &regs), fe)
+}
+
+fn rig() -> Rig {
+    let (device, player, fe) = device();
     let arena = Arena::new(ArenaConfig {
         frames: 4096,
         ..ArenaConfig::default()
     })
     .unwrap();
-    let block = Block::new(&device, None, vec![QdmaPlan::shared(0)], &arena).unwrap();
+    let block = Block::new(&device, None, vec![QdmaPlan::shared(0, 2, true)], &arena).unwrap();
     Rig {
         block,
-        player: Player::new(&bus, &regs),
+        player,
         fe,
         arena,
     }
 }
 
-fn options(name: &str, sources: (u8, u8)) -> PortOptions {
+fn options(name: &str, gdm: u8) -> PortOptions {
     PortOptions {
         name: name.into(),
         instance: 0,
-        pse: PsePort::GDM1,
-        sources,
+        gdm: Gdm::new(gdm).unwrap(),
         mac: MacAddr([2, 0, 0, 0, 0, 1]),
         mtu: 1500,
     }
@@ -54,9 +58,9 @@ fn frames_pass_both_ways_and_each_port_gets_its_own() {
     let arena = Arc::clone(&rig.arena);
     let mut pool = Pool::new(&arena, 16);
     let open = |o| Box::new(rig.block.port(o)).queues(1, &arena);
-    let mut lan = open(options("lan", (0x10, 0x14))).unwrap().remove(0);
-    let mut wan = open(options("wan", (2, 2))).unwrap().remove(0);
-    assert!(open(options("lan2", (0x14, 0x15))).is_err());
+    let mut lan = open(options("lan", 1)).unwrap().remove(0);
+    let mut wan = open(options("wan", 2)).unwrap().remove(0);
+    assert!(open(options("lan2", 1)).is_err());
     rig.block.start().unwrap();
 
     let from = |source: u32| [0, source << 21, 0];
@@ -119,13 +123,51 @@ fn without_an_engine_port_7_is_left_alone() {
         ..ArenaConfig::default()
     })
     .unwrap();
-    let port = Box::new(rig.block.port(options("lan", (0x10, 0x14))));
+    let port = Box::new(rig.block.port(options("lan", 1)));
     assert!(matches!(
         port.queues(1, &foreign),
         Err(crate::port::PortError::ForeignArena { .. })
     ));
-    let mut long = options("lan", (0x10, 0x14));
+    let mut long = options("lan", 1);
     long.mtu = 9000;
     let port = Box::new(rig.block.port(long));
     assert!(port.queues(1, &rig.arena).is_err());
+}
+
+#[test]
+fn a_port_goes_on_when_its_block_is_opened_anew_and_waits_for_nobody() {
+    let rig = rig();
+    let arena = Arc::clone(&rig.arena);
+    let mut pool = Pool::new(&arena, 16);
+    let port = Box::new(rig.block.port(options("lan", 1)));
+    let mut lan = port.queues(1, &arena).unwrap().remove(0);
+    rig.block.start().unwrap();
+    let from = [0, 0x10 << 21, 0];
+    let mut frames = Vec::new();
+
+    // Somebody resets the rings: the worker's turn ends at once, and its frames stay with it.
+    frames.extend(pool.get());
+    assert!(frames[0].set_data(&[7; 64]));
+    let held = rig.block.hub().lock();
+    assert_eq!(lan.tx_burst(&mut pool, &mut frames), 0);
+    assert_eq!(lan.rx_burst(&mut pool, &mut frames, 64), 0);
+    lan.flush(&mut pool);
+    drop(held);
+    assert_eq!(frames.len(), 1);
+
+    let (again, mut player, _) = device();
+    rig.block.reopen(&again, None).unwrap();
+    assert_eq!(lan.rx_burst(&mut pool, &mut frames, 64), 0);
+    rig.block.start().unwrap();
+    assert!(player.give(0, &[1; 64], from, 0));
+    assert_eq!(lan.tx_burst(&mut pool, &mut frames), 1);
+    assert_eq!(player.take(0).unwrap().bytes, [7; 64]);
+    assert_eq!(lan.rx_burst(&mut pool, &mut frames, 64), 1);
+    pool.put_bulk(&mut frames);
+    let control = rig.block.control.clone();
+    control.quiesce();
+    assert_eq!(player.regs.get(GLOBAL_CFG) & DMA_ENABLES, 0);
+    lan.drain(&mut pool);
+    drop((lan, rig.block));
+    assert_eq!(arena.outstanding(), 0);
 }

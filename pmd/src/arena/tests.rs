@@ -1,3 +1,5 @@
+use proptest::prelude::*;
+
 use super::*;
 use crate::pool::Pool;
 
@@ -137,4 +139,85 @@ fn colours_spread_heads_only_where_packets_still_fit() {
     assert_eq!(colours(10240, 192), 8);
     let arena = Arena::new(config(8, 10240)).unwrap();
     assert!(arena.largest_packet(128) >= 9000 + 18);
+}
+
+/// The frames' places, in the order of their indexes.
+fn places(arena: &Arc<Arena>) -> Vec<u64> {
+    let mut pool = Pool::new(arena, 64);
+    let mut frames = Vec::new();
+    pool.get_bulk(&mut frames, usize::MAX);
+    let mut places: Vec<_> = frames
+        .iter()
+        .map(|f| arena.offset_of(f) - f.headroom() as u64)
+        .collect();
+    assert_eq!(arena.outstanding(), arena.frames());
+    pool.put_bulk(&mut frames);
+    assert_eq!(arena.outstanding(), 0);
+    places.sort_unstable();
+    places
+}
+
+#[test]
+fn frames_that_divide_a_huge_page_leave_none_out() {
+    for stride in [256, 2048, 4096, 16_384, 32_768] {
+        let arena = Arena::new(config(500, stride)).unwrap();
+        let all = (0..500).map(|n| n * u64::from(stride));
+        assert_eq!(places(&arena), all.collect::<Vec<_>>());
+        assert_eq!(arena.end_of_indexes(), 500);
+    }
+}
+
+#[test]
+fn the_frame_on_the_edge_of_a_huge_page_is_left_out_and_made_up_for() {
+    let arena = Arena::new(config(409, 10_240)).unwrap();
+    // Number 204 begins 8 KiB before the edge, number 409 6 KiB before the next.
+    assert_eq!(arena.frames(), 409);
+    assert_eq!(arena.end_of_indexes(), 411);
+    let missing: Vec<_> = (0..411)
+        .filter(|i| !arena.indexes().any(|j| j == *i))
+        .collect();
+    assert_eq!(missing, [204, 409]);
+    assert_eq!(places(&arena).len(), 409);
+}
+
+#[test]
+fn as_many_frames_as_an_index_can_name_and_no_more() {
+    assert_eq!(end_of_indexes(u32::MAX, 2048), Some(u32::MAX));
+    assert_eq!(end_of_indexes(u32::MAX, 2112), None);
+    let most = 4_290_000_000;
+    let end = end_of_indexes(most, 2112).unwrap();
+    assert!(end > most && is_whole(end - 1, 2112));
+    let pages = u64::from(end) * 2112 / HUGE_PAGE;
+    // Every 33rd edge is between two frames.
+    assert_eq!(u64::from(end - most), pages - pages / 33);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+    #[test]
+    fn no_frame_crosses_the_edge_of_a_huge_page(frames in 1u32..3000, stride in (4u32..=1023).prop_map(|n| n * 64)) {
+        let end = end_of_indexes(frames, stride).unwrap();
+        let whole: Vec<_> = (0..end).filter(|&i| is_whole(i, stride)).collect();
+        prop_assert_eq!(whole.len(), frames as usize);
+        // None more than is needed.
+        prop_assert_eq!(whole.last(), Some(&(end - 1)));
+        for index in whole {
+            let first = u64::from(index) * u64::from(stride);
+            let to_the_edge = HUGE_PAGE - first % HUGE_PAGE;
+            prop_assert!(to_the_edge >= u64::from(stride));
+        }
+    }
+
+    #[test]
+    fn the_frames_of_an_arena_are_what_was_asked_for_apart_and_within_it(
+        frames in 1u32..600,
+        stride in (16u32..=1023).prop_map(|n| n * 64),
+    ) {
+        let arena = Arena::new(ArenaConfig { huge: HugePolicy::Never, lock: false, ..config(frames, stride) }).unwrap();
+        let places = places(&arena);
+        prop_assert_eq!(places.len(), frames as usize);
+        prop_assert!(places.windows(2).all(|p| p[1] - p[0] >= u64::from(stride)));
+        prop_assert!(places.iter().all(|p| p / HUGE_PAGE == (p + u64::from(stride) - 1) / HUGE_PAGE));
+        prop_assert!(places.last().unwrap() + u64::from(stride) <= arena.len() as u64);
+    }
 }

@@ -121,13 +121,12 @@ impl ArenaMap {
         // With whole frames in each page there is nothing to check frame by frame.
         if translation.shift < 63 && !(1u64 << translation.shift).is_multiple_of(u64::from(stride))
         {
-            for index in 0..arena.frames() as usize {
-                if translation
-                    .range(index * stride as usize, stride as usize)
-                    .is_none()
-                {
-                    return Err(across);
-                }
+            let within = |index: u32| {
+                let offset = index as usize * stride as usize;
+                translation.range(offset, stride as usize).is_some()
+            };
+            if !arena.indexes().all(within) {
+                return Err(across);
             }
         }
         Ok(ArenaMap {
@@ -150,7 +149,7 @@ impl ArenaMap {
     /// Device address of the first byte of the buffer `index`, head-room included.
     #[inline(always)]
     pub fn addr_of_index(&self, index: u32) -> Option<u64> {
-        if index >= self.arena.frames() {
+        if index >= self.arena.end_of_indexes() {
             return None;
         }
         self.translation.at(u64::from(index) * self.stride)
@@ -222,6 +221,16 @@ mod tests {
             ArenaMap::new(&odd, t(scattered.clone())),
             Err(DeviceError::FrameAcrossPages { stride: 2112, .. })
         ));
+        // Frames of any size lie each in one huge page.
+        let many = Arena::new(ArenaConfig {
+            frames: 500,
+            stride: 10_240,
+            ..ArenaConfig::default()
+        })
+        .unwrap();
+        let huge = Translation::paged(vec![7 << 21, 4 << 21, 9 << 21], 2 << 20, many.len());
+        let map = ArenaMap::new(&many, huge).unwrap();
+        assert_eq!(map.addr_of_index(205), Some((4 << 21) + 2048));
         let even = arena(2048);
         let t = Translation::paged(scattered, 4096, even.len());
         assert!(ArenaMap::new(&even, t).is_ok());

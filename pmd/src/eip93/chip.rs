@@ -57,6 +57,11 @@ impl Chip {
         Ok(())
     }
 
+    /// Whether it answers.
+    pub(super) fn is_present(&self) -> bool {
+        self.regs.read32(REVISION) & 0xffff == IDENTITY
+    }
+
     /// From reset to running rings, in the order of the record's section 5.1.
     pub(super) fn start(
         &self,

@@ -19,6 +19,7 @@
 
 mod chip;
 mod flight;
+pub mod fuzz;
 mod known;
 mod queue;
 mod record;
@@ -144,6 +145,8 @@ pub struct Eip93Engine {
     scratch: crate::device::DmaMem,
     slots: Slots,
     health: Health,
+    /// Polls since the last result.
+    quiet: u32,
     /// Since when results wait to be released with nothing in flight.
     unreleased: Option<Instant>,
     config: Eip93Config,
@@ -209,6 +212,7 @@ impl Eip93Engine {
             states,
             scratch,
             health: Health::Dead,
+            quiet: 0,
             unreleased: None,
             config,
             capabilities,

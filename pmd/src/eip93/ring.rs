@@ -154,18 +154,12 @@ impl Rings {
         let at = self.head as usize * LEN;
         self.results.write32(at, 0);
         self.results.write32(at + 28, 0);
-        let words = [
-            c.source,
-            c.destination,
-            c.sa,
-            c.state,
-            0,
-            c.id,
-            c.length & LENGTH | HOST_READY_7,
-        ];
-        for (i, w) in words.into_iter().enumerate() {
-            self.commands.write32(at + 4 + 4 * i, w);
-        }
+        let pair = |low: u32, high: u32| u64::from(high) << 32 | u64::from(low);
+        self.commands.write32(at + 4, c.source);
+        self.commands.write64(at + 8, pair(c.destination, c.sa));
+        self.commands.write64(at + 16, pair(c.state, 0));
+        let last = c.length & LENGTH | HOST_READY_7;
+        self.commands.write64(at + 24, pair(c.id, last));
         self.commands
             .store_release32(at, c.control & !OWNER | HOST_READY);
         self.head = (self.head + 1) % self.size;
@@ -203,9 +197,7 @@ impl Rings {
         }
         fence_acquire();
         let id = self.results.read32(at + 24);
-        self.results.write32(at, 0);
-        self.results.write32(at + 28, 0);
-        self.commands.write32(at, 0);
+        // Its slot is cleared when it is given again.
         self.tail = (self.tail + 1) % self.size;
         self.given -= 1;
         self.unreleased += 1;

@@ -40,8 +40,8 @@ impl Bed {
     fn open(queues: usize, mtu: u32) -> Bed {
         let arena = Arena::new(ArenaConfig {
             frames: if mtu > 1500 { 4096 } else { 8192 },
-            // Powers of two: QEMU's e1000e and igb drop what they send from a buffer that crosses pages.
-            stride: if mtu > 1500 { 16_384 } else { 2048 },
+            // QEMU's e1000e and igb drop what they send from a buffer on two pages: 10 KiB want huge ones.
+            stride: if mtu > 1500 { 10_240 } else { 2048 },
             ..ArenaConfig::default()
         })
         .unwrap();

@@ -2,10 +2,11 @@
 //!
 //! Which receive ring a result of the engine arrives on is not the driver's choice, so whoever polls finds both frames of
 //! the ports and results. The hub tells them apart and keeps each until its owner comes. All users of a hub belong to one
-//! worker: its lock is taken once a burst and never waited for.
+//! worker, so its lock, taken once a burst, is free. The one exception is an engine in quarantine, which another thread
+//! resets together with the rings: ports find the lock taken then, and leave it at that until their next turn.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use super::{Events, Qdma, QdmaCounters, QdmaError, Received, Sent, TxMsg};
 use crate::arena::Arena;
@@ -49,6 +50,10 @@ pub(crate) enum ForEngine {
     Result(Received),
 }
 
+/// Which engine has the hub.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct EngineTicket(u64);
+
 /// A port's frames.
 #[derive(Debug)]
 struct Inbox {
@@ -64,8 +69,10 @@ pub struct Hub {
     qdmas: Vec<Qdma>,
     pool: Pool,
     engine: VecDeque<ForEngine>,
-    /// Whether anybody asks for what is in `engine`.
-    has_engine: bool,
+    /// Whose the results in `engine` are, if anybody asks for them.
+    owner: Option<EngineTicket>,
+    /// Engines so far.
+    tickets: u64,
     ports: Vec<Inbox>,
     /// Frames that nobody wanted.
     strays: u64,
@@ -89,9 +96,18 @@ impl SharedHub {
         self.lock().counters()
     }
 
-    /// Users of the same hub on other threads would wait here; there are none.
+    /// Waits for a user on another thread. Not for ports at work: see [`SharedHub::try_lock`].
     pub(crate) fn lock(&self) -> MutexGuard<'_, Hub> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `None` while the engine is being reset by another thread.
+    pub(crate) fn try_lock(&self) -> Option<MutexGuard<'_, Hub>> {
+        match self.0.try_lock() {
+            Ok(hub) => Some(hub),
+            Err(TryLockError::Poisoned(e)) => Some(e.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 }
 
@@ -102,7 +118,8 @@ impl Hub {
             qdmas,
             pool: Pool::new(arena, 256),
             engine: VecDeque::new(),
-            has_engine: false,
+            owner: None,
+            tickets: 0,
             ports: Vec::new(),
             strays: 0,
             tx_errors: Vec::new(),
@@ -172,7 +189,7 @@ impl Hub {
             qdmas,
             pool,
             engine,
-            has_engine,
+            owner,
             ports,
             strays,
             tx_errors,
@@ -183,7 +200,7 @@ impl Hub {
             let instance = q.instance();
             q.reap(pool, &mut |sent| {
                 if sent.cookie & ENGINE_COOKIE != 0 {
-                    if *has_engine && engine.len() < WAITING {
+                    if owner.is_some() && engine.len() < WAITING {
                         engine.push_back(ForEngine::Sent(sent));
                     }
                 } else if sent.dropped {
@@ -197,7 +214,7 @@ impl Hub {
                 let flagged = (3..=7).contains(&r.msg.hop_flags());
                 // The content of a lost frame cannot be asked; the engine matches it by its user field.
                 let result = flagged && (r.fault.is_some() || has_dummy_header(r.frame.data()));
-                if result && *has_engine && engine.len() < WAITING {
+                if result && owner.is_some() && engine.len() < WAITING {
                     engine.push_back(ForEngine::Result(r));
                     return;
                 }
@@ -222,15 +239,51 @@ impl Hub {
         found
     }
 
-    /// From now on results are kept for [`Hub::take_engine`]. False when there is an engine already.
-    pub(crate) fn attach_engine(&mut self) -> bool {
-        !std::mem::replace(&mut self.has_engine, true)
+    /// From now on results are kept for [`Hub::take_engine`]. `None` when there is an engine already.
+    pub(crate) fn attach_engine(&mut self) -> Option<EngineTicket> {
+        if self.owner.is_some() {
+            return None;
+        }
+        self.tickets += 1;
+        self.owner = Some(EngineTicket(self.tickets));
+        self.owner
     }
 
-    /// Results are strays from now on.
-    pub(crate) fn detach_engine(&mut self) {
-        self.has_engine = false;
-        self.drop_results();
+    /// Results are strays from now on. Of an engine whose successor has the hub already: nothing.
+    pub(crate) fn detach_engine(&mut self, ticket: EngineTicket) {
+        if self.owner == Some(ticket) {
+            self.owner = None;
+            self.drop_results();
+        }
+    }
+
+    /// Goes on with the rings of a device that was opened anew, for the same ports. The engine of the old device has lost the
+    /// hub. Frames in rings that do not stop stay away.
+    ///
+    /// # Errors
+    /// The new instances are not those of the old device.
+    pub(crate) fn exchange(&mut self, qdmas: Vec<Qdma>) -> Result<(), QdmaError> {
+        let same = qdmas
+            .iter()
+            .map(Qdma::instance)
+            .eq(self.qdmas.iter().map(Qdma::instance));
+        if !same {
+            return Err(QdmaError::Absent("instances of the device before"));
+        }
+        if let Err(error) = self.stop() {
+            tracing::warn!(%error, "rings of a device that is gone");
+        }
+        for (old, mut new) in self.qdmas.iter_mut().zip(qdmas) {
+            new.count_on(old.counters());
+            *old = new;
+        }
+        self.owner = None;
+        Ok(())
+    }
+
+    /// Whether all instances run.
+    pub(crate) fn is_running(&self) -> bool {
+        self.qdmas.iter().all(Qdma::is_running)
     }
 
     /// What arrived for the engine, oldest first, in exchange for an empty list.
@@ -348,6 +401,7 @@ impl Hub {
     fn clear(&mut self) {
         self.drop_results();
         for p in &mut self.ports {
+            p.lost += p.frames.len() as u64;
             p.frames.drain(..).for_each(|f| self.pool.put(f));
         }
     }

@@ -10,6 +10,7 @@ mod descriptor;
 pub mod hop;
 pub mod hub;
 mod interrupts;
+pub(crate) mod player;
 mod regs;
 mod rx;
 mod tx;
@@ -92,28 +93,30 @@ pub struct QdmaPlan {
 }
 
 impl QdmaPlan {
-    /// For the secure offload engine and the ports of an instance: ring 2 for requests, lossless, with reports of its own,
-    /// ring 0 for frames. All receive rings on which the public drivers expect anything; results were seen on ring 1, which
-    /// must be long.
-    pub fn shared(instance: u8) -> QdmaPlan {
+    /// For the secure offload engine and the ports of an instance: ring `requests` (2 in the public drivers) for requests, that
+    /// waits (`lossless`) or drops, with reports of its own, ring 0 for frames. All receive rings on which the public drivers
+    /// expect anything; results were seen on ring 1, which must be long.
+    pub fn shared(instance: u8, requests: u8, lossless: bool) -> QdmaPlan {
         let mut rx: Vec<(u8, u16)> = (0..=10).map(|ring| (ring, 64)).collect();
         rx[0].1 = 256;
         rx[1].1 = 1024;
         rx.push((15, 64));
+        let frames = TxPlan {
+            ring: 0,
+            lossless: lossless && requests == 0,
+            reports: 0,
+        };
+        let requests = TxPlan {
+            ring: requests,
+            lossless,
+            reports: 1,
+        };
         QdmaPlan {
             instance,
-            tx: vec![
-                TxPlan {
-                    ring: 0,
-                    lossless: false,
-                    reports: 0,
-                },
-                TxPlan {
-                    ring: 2,
-                    lossless: true,
-                    reports: 1,
-                },
-            ],
+            tx: match requests.ring {
+                0 => vec![frames],
+                _ => vec![frames, requests],
+            },
             rx,
             congestion_drop: false,
         }
@@ -255,6 +258,11 @@ impl Qdma {
     /// Counters, to keep and read from anywhere.
     pub fn counters(&self) -> &Arc<QdmaCounters> {
         &self.counters
+    }
+
+    /// Goes on with the counters of an instance whose place this one takes.
+    pub(crate) fn count_on(&mut self, counters: &Arc<QdmaCounters>) {
+        self.counters = Arc::clone(counters);
     }
 
     /// Free descriptors of a transmit ring; 0 for one that is not planned.

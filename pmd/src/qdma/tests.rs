@@ -1,185 +1,12 @@
 //! An instance whose other side the tests play by hand.
 
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
-
-use super::descriptor::{ADDR, CTRL, DONE, DROP, LENGTH, MORE, MSG0, MSG1, MSG2, NEXT};
+use super::descriptor::{CTRL, DONE, DROP};
+pub(crate) use super::player::{Player, Registers};
 use super::regs::ring;
 use super::*;
 use crate::arena::ArenaConfig;
 use crate::device::RegisterSpace;
 use crate::device::model::{ModelBus, ModelDevice};
-
-/// Registers that keep what is written, but for the few that do something.
-pub(crate) struct Registers {
-    words: Vec<AtomicU32>,
-}
-
-impl Registers {
-    pub(crate) fn new() -> Arc<Registers> {
-        Arc::new(Registers {
-            words: (0..WINDOW / 4).map(|_| AtomicU32::new(0)).collect(),
-        })
-    }
-
-    pub(crate) fn get(&self, at: usize) -> u32 {
-        self.words[at / 4].load(Relaxed)
-    }
-
-    pub(crate) fn set(&self, at: usize, v: u32) {
-        self.words[at / 4].store(v, Relaxed);
-    }
-}
-
-impl RegisterSpace for Registers {
-    fn read(&self, at: usize, size: usize) -> u64 {
-        assert_eq!(size, 4);
-        u64::from(self.get(at))
-    }
-
-    fn write(&self, at: usize, size: usize, value: u64) {
-        assert_eq!(size, 4);
-        let value = u32::try_from(value).unwrap();
-        match at {
-            regs::LMGR_INIT_CFG => self.set(at, value & !regs::LMGR_START),
-            0x58 => {
-                let left = (self.get(0x5c) >> 16) - value;
-                let head = (self.get(0x5c) + value) % 2048;
-                self.set(0x5c, left << 16 | head);
-            }
-            _ if regs::INT_STATUS.contains(&at) => self.set(at, self.get(at) & !value),
-            _ => self.set(at, value),
-        }
-    }
-
-    fn len(&self) -> usize {
-        WINDOW
-    }
-}
-
-/// The device's side of an instance.
-pub(crate) struct Player {
-    pub(crate) bus: Arc<ModelBus>,
-    pub(crate) regs: Arc<Registers>,
-    /// Next descriptor of each transmit and receive ring.
-    tx: [u32; 32],
-    rx: [u32; 32],
-}
-
-/// What the driver gave to a transmit ring.
-pub(crate) struct Given {
-    pub(crate) slot: u32,
-    pub(crate) bytes: Vec<u8>,
-    pub(crate) msg: [u32; 3],
-}
-
-impl Player {
-    pub(crate) fn new(bus: &Arc<ModelBus>, regs: &Arc<Registers>) -> Player {
-        Player {
-            bus: Arc::clone(bus),
-            regs: Arc::clone(regs),
-            tx: [0; 32],
-            rx: [0; 32],
-        }
-    }
-
-    fn word(&self, at: u64) -> u32 {
-        let mut b = [0; 4];
-        self.bus.read(at, &mut b).unwrap();
-        u32::from_le_bytes(b)
-    }
-
-    fn put(&self, at: u64, v: u32) {
-        self.bus.write(at, &v.to_le_bytes()).unwrap();
-    }
-
-    fn tx_descriptor(&self, n: u8, slot: u32) -> u64 {
-        u64::from(self.regs.get(regs::tx_ring(n))) + u64::from(slot) * 32
-    }
-
-    /// Takes the next frame of transmit ring `n`.
-    pub(crate) fn take(&mut self, n: u8) -> Option<Given> {
-        let slot = self.tx[usize::from(n)];
-        if slot == self.regs.get(regs::tx_ring(n) + ring::CPU) {
-            return None;
-        }
-        let d = self.tx_descriptor(n, slot);
-        let ctrl = self.word(d + CTRL as u64);
-        assert_eq!(ctrl & (DONE | DROP | MORE), 0);
-        let mut bytes = vec![0; (ctrl & LENGTH) as usize];
-        self.bus
-            .read(u64::from(self.word(d + ADDR as u64)), &mut bytes)
-            .unwrap();
-        self.tx[usize::from(n)] = self.word(d + NEXT as u64);
-        Some(Given {
-            slot,
-            bytes,
-            msg: [MSG0, MSG1, MSG2].map(|m| self.word(d + m as u64)),
-        })
-    }
-
-    /// Reports a frame of a transmit ring as done, or as dropped.
-    pub(crate) fn done(&self, n: u8, slot: u32, dropped: bool) {
-        let at = self.tx_descriptor(n, slot) + CTRL as u64;
-        let drop = if dropped { DROP } else { 0 };
-        self.put(at, self.word(at) | DONE | drop);
-    }
-
-    /// Writes a frame into receive ring `n`, over as many descriptors as it needs; false when there are too few.
-    pub(crate) fn give(&mut self, n: u8, bytes: &[u8], msg: [u32; 3], flags: u32) -> bool {
-        let base = u64::from(self.regs.get(regs::rx_ring(n)));
-        let size = self.regs.get(regs::rx_ring(n) + ring::SIZE) & 0xffff;
-        let cpu = self.regs.get(regs::rx_ring(n) + ring::CPU);
-        let mut rest = bytes;
-        loop {
-            let slot = self.rx[usize::from(n)];
-            if slot == cpu || base == 0 {
-                return false;
-            }
-            let d = base + u64::from(slot) * 32;
-            let room = (self.word(d + CTRL as u64) & LENGTH) as usize;
-            let (now, later) = rest.split_at(rest.len().min(room));
-            self.bus
-                .write(u64::from(self.word(d + ADDR as u64)), now)
-                .unwrap();
-            for (at, word) in [MSG0, MSG1, MSG2].iter().zip(msg) {
-                self.put(d + *at as u64, word);
-            }
-            let more = if later.is_empty() { 0 } else { MORE };
-            let len = u32::try_from(now.len()).unwrap();
-            self.put(d + CTRL as u64, DONE | more | flags | len);
-            self.rx[usize::from(n)] = (slot + 1) % size;
-            rest = later;
-            if rest.is_empty() {
-                return true;
-            }
-        }
-    }
-
-    /// Any words at all in the next descriptor of a receive ring.
-    pub(crate) fn give_words(&mut self, n: u8, ctrl: u32, msg: [u32; 3]) -> bool {
-        let base = u64::from(self.regs.get(regs::rx_ring(n)));
-        let size = self.regs.get(regs::rx_ring(n) + ring::SIZE) & 0xffff;
-        let slot = self.rx[usize::from(n)];
-        if base == 0 || slot == self.regs.get(regs::rx_ring(n) + ring::CPU) {
-            return false;
-        }
-        let d = base + u64::from(slot) * 32;
-        for (at, word) in [MSG0, MSG1, MSG2].iter().zip(msg) {
-            self.put(d + *at as u64, word);
-        }
-        self.put(d + CTRL as u64, ctrl);
-        if ctrl & DONE != 0 {
-            self.rx[usize::from(n)] = (slot + 1) % size;
-        }
-        true
-    }
-
-    /// The driver stopped or began anew.
-    pub(crate) fn restart(&mut self) {
-        self.tx = [0; 32];
-        self.rx = [0; 32];
-    }
-}
 
 /// An instance, its other side, and a pool of its arena.
 pub(crate) fn rig(plan: QdmaPlan) -> (Qdma, Player, Pool) {
@@ -204,7 +31,7 @@ fn frame(pool: &mut Pool, bytes: &[u8]) -> Frame {
 
 #[test]
 fn an_instance_is_started_as_the_public_driver_does() {
-    let (mut q, player, mut pool) = rig(QdmaPlan::shared(0));
+    let (mut q, player, mut pool) = rig(QdmaPlan::shared(0, 2, true));
     player.regs.set(regs::int_enable(2, 1), 0xffff);
     q.start(&mut pool).unwrap();
     let r = &player.regs;
@@ -236,21 +63,21 @@ fn registers_that_do_not_answer_are_no_instance() {
     })
     .unwrap();
     let new = |regs, plan| Qdma::new(&device, regs, plan, &arena);
-    assert!(new(Mmio::memory(16), QdmaPlan::shared(0)).is_err());
-    let mut twice = QdmaPlan::shared(0);
+    assert!(new(Mmio::memory(16), QdmaPlan::shared(0, 2, true)).is_err());
+    let mut twice = QdmaPlan::shared(0, 2, true);
     twice.rx.push((1, 64));
     assert!(matches!(
         new(Mmio::memory(WINDOW), twice),
         Err(QdmaError::Ring(1))
     ));
-    let mut odd = QdmaPlan::shared(0);
+    let mut odd = QdmaPlan::shared(0, 2, true);
     odd.rx[0].1 = 100;
     assert!(matches!(
         new(Mmio::memory(WINDOW), odd),
         Err(QdmaError::RingSize(100))
     ));
     // Start bit that never clears.
-    let mut q = new(Mmio::memory(WINDOW), QdmaPlan::shared(1)).unwrap();
+    let mut q = new(Mmio::memory(WINDOW), QdmaPlan::shared(1, 2, true)).unwrap();
     let mut pool = Pool::new(&arena, 16);
     assert!(q.start(&mut pool).is_err());
     q.stop(&mut pool).unwrap();
@@ -259,7 +86,7 @@ fn registers_that_do_not_answer_are_no_instance() {
 
 #[test]
 fn frames_go_round_a_transmit_ring_and_are_reported_once() {
-    let (mut q, mut player, mut pool) = rig(QdmaPlan::shared(0));
+    let (mut q, mut player, mut pool) = rig(QdmaPlan::shared(0, 2, true));
     q.start(&mut pool).unwrap();
     let mut reported = Vec::new();
     let mut reports = 0;
@@ -292,7 +119,7 @@ fn frames_go_round_a_transmit_ring_and_are_reported_once() {
 
 #[test]
 fn a_full_ring_gives_frames_back_and_one_doorbell_serves_many() {
-    let (mut q, mut player, mut pool) = rig(QdmaPlan::shared(0));
+    let (mut q, mut player, mut pool) = rig(QdmaPlan::shared(0, 2, true));
     q.start(&mut pool).unwrap();
     let mut sent = 0;
     let rest = loop {
@@ -326,7 +153,7 @@ fn a_full_ring_gives_frames_back_and_one_doorbell_serves_many() {
 
 #[test]
 fn what_does_not_fit_a_buffer_is_reported_once_and_without_content() {
-    let (mut q, mut player, mut pool) = rig(QdmaPlan::shared(0));
+    let (mut q, mut player, mut pool) = rig(QdmaPlan::shared(0, 2, true));
     q.start(&mut pool).unwrap();
     let msg = [3, 0, 7 << 24];
     assert!(player.give(1, &[1; 100], msg, 0));
@@ -361,7 +188,7 @@ fn what_does_not_fit_a_buffer_is_reported_once_and_without_content() {
 
 #[test]
 fn a_device_that_does_not_stop_keeps_its_frames() {
-    let (mut q, player, mut pool) = rig(QdmaPlan::shared(0));
+    let (mut q, player, mut pool) = rig(QdmaPlan::shared(0, 2, true));
     q.start(&mut pool).unwrap();
     struct Busy(Arc<Registers>);
     impl RegisterSpace for Busy {
@@ -398,7 +225,7 @@ proptest::proptest! {
             1..120,
         ),
     ) {
-        let mut plan = QdmaPlan::shared(0);
+        let mut plan = QdmaPlan::shared(0, 2, true);
         plan.rx = vec![(0, 16), (1, 64)];
         let (mut q, mut player, mut pool) = rig(plan);
         q.start(&mut pool).unwrap();

@@ -31,6 +31,9 @@ pub struct Assumptions {
     pub copies_df: bool,
     /// Outbound padding is the least that the cipher's block allows: a packet of another length is not the one asked for.
     pub pads_least: bool,
+    /// Inbound packets come back as they were sealed, but for congestion marks: their first bytes, deciphered beforehand, tell
+    /// which of the packets under way a result is. Off, a result that comes twice may be delivered twice.
+    pub knows_by_content: bool,
     /// The outer TTL that the engine writes; SAs that want another are refused.
     pub ttl: u8,
 }
@@ -50,6 +53,7 @@ impl Default for Assumptions {
             first_number: 1,
             copies_df: true,
             pads_least: true,
+            knows_by_content: true,
             ttl: 64,
         }
     }
@@ -57,7 +61,7 @@ impl Default for Assumptions {
 
 impl Assumptions {
     /// Name and value of each, for the log at start.
-    pub fn table(&self) -> [(&'static str, String); 13] {
+    pub fn table(&self) -> [(&'static str, String); 14] {
         [
             ("gcm", self.gcm.to_string()),
             (
@@ -74,6 +78,7 @@ impl Assumptions {
             ("first_number", self.first_number.to_string()),
             ("copies_df", self.copies_df.to_string()),
             ("pads_least", self.pads_least.to_string()),
+            ("knows_by_content", self.knows_by_content.to_string()),
             ("ttl", self.ttl.to_string()),
         ]
     }

@@ -4,6 +4,8 @@
 //! sides only when it is rekeyed, as an SA never leaves the engine it was installed on. Those that have slots count for half
 //! as much again, so that tunnels of like loads do not take turns.
 
+use std::collections::BTreeMap;
+
 use sa_store::runtime::SaEntry;
 use sa_store::snapshot::Snapshot;
 
@@ -17,10 +19,10 @@ const WITHOUT: u64 = 2;
 /// Slots kept free for SAs that overlap while they are rekeyed.
 const RESERVE: usize = 4;
 
-/// Loads of all tunnels.
+/// Loads of all tunnels that have any, or slots.
 #[derive(Debug, Default)]
 pub(super) struct Demand {
-    tunnels: Vec<Load>,
+    tunnels: BTreeMap<u32, Load>,
     /// Generation and bytes of each SA when it was last looked at.
     sas: Vec<(u32, u64)>,
     cursor: u32,
@@ -65,7 +67,7 @@ impl Demand {
     }
 
     fn note(&mut self, entry: &SaEntry) {
-        let (index, tunnel) = (entry.fixed.id.index as usize, entry.fixed.tunnel.0 as usize);
+        let (index, tunnel) = (entry.fixed.id.index as usize, entry.fixed.tunnel.0);
         let bytes = entry.live.counters.bytes.value();
         let generation = entry.fixed.id.generation;
         if self.sas.len() <= index {
@@ -73,49 +75,47 @@ impl Demand {
         }
         let last = std::mem::replace(&mut self.sas[index], (generation, bytes));
         let before = if last.0 == generation { last.1 } else { 0 };
-        self.tunnel(tunnel).now += bytes.saturating_sub(before);
+        let more = bytes.saturating_sub(before);
+        if more != 0 {
+            self.tunnels.entry(tunnel).or_default().now += more;
+        }
     }
 
     fn end_pass(&mut self) {
         self.cursor = 0;
-        for t in &mut self.tunnels {
+        self.tunnels.retain(|_, t| {
             t.rate = (t.rate / 4).saturating_mul(3) + t.now / 4;
             t.now = 0;
-        }
+            t.rate != 0 || t.slots != 0
+        });
     }
 
     /// Whether the tunnel is among those that `slots` slots are for.
-    pub(super) fn deserves(&mut self, tunnel: u32, slots: u8) -> bool {
+    pub(super) fn deserves(&self, tunnel: u32, slots: u8) -> bool {
         // A tunnel has two SAs.
         let places = (usize::from(slots).saturating_sub(RESERVE) / 2).max(1);
-        let own = self.tunnel(tunnel as usize).weight();
-        let busier = self.tunnels.iter().filter(|t| t.weight() > own).count();
-        busier < places
+        let own = self.tunnels.get(&tunnel).map_or(0, Load::weight);
+        let busier = self.tunnels.values().filter(|t| t.weight() > own);
+        busier.take(places).count() < places
     }
 
     /// Nobody has slots any more.
     pub(super) fn forget_slots(&mut self) {
-        for t in &mut self.tunnels {
+        for t in self.tunnels.values_mut() {
             t.slots = 0;
         }
     }
 
     /// The tunnel got a slot.
     pub(super) fn got(&mut self, tunnel: u32) {
-        self.tunnel(tunnel as usize).slots += 1;
+        self.tunnels.entry(tunnel).or_default().slots += 1;
     }
 
     /// The tunnel lost a slot.
     pub(super) fn gave(&mut self, tunnel: u32) {
-        let t = self.tunnel(tunnel as usize);
-        t.slots = t.slots.saturating_sub(1);
-    }
-
-    fn tunnel(&mut self, index: usize) -> &mut Load {
-        if self.tunnels.len() <= index {
-            self.tunnels.resize(index + 1, Load::default());
+        if let Some(t) = self.tunnels.get_mut(&tunnel) {
+            t.slots = t.slots.saturating_sub(1);
         }
-        &mut self.tunnels[index]
     }
 }
 
@@ -130,14 +130,14 @@ mod tests {
             slots,
         };
         Demand {
-            tunnels: rates.iter().map(load).collect(),
+            tunnels: (0..).zip(rates.iter().map(load)).collect(),
             ..Demand::default()
         }
     }
 
     #[test]
     fn everybody_gets_slots_while_there_are_enough() {
-        let mut d = demand(&[(0, 0), (0, 0), (5, 0)]);
+        let d = demand(&[(0, 0), (0, 0), (5, 0)]);
         assert!((0..3).all(|t| d.deserves(t, 32)));
         assert!(d.deserves(900, 32));
     }
@@ -149,7 +149,7 @@ mod tests {
         assert!(d.deserves(0, 8) && d.deserves(1, 8));
         // 110 is not half as much again as 90.
         assert!(!d.deserves(2, 8) && !d.deserves(3, 8));
-        d.tunnels[2].rate = 200;
+        d.tunnels.get_mut(&2).unwrap().rate = 200;
         assert!(d.deserves(2, 8));
         // At its next rekey the quieter one gives way, and then it stays out.
         assert!(d.deserves(0, 8) && !d.deserves(1, 8));
@@ -162,12 +162,19 @@ mod tests {
     #[test]
     fn loads_fade() {
         let mut d = demand(&[(1000, 0)]);
-        d.tunnels[0].now = 2000;
+        d.tunnels.get_mut(&0).unwrap().now = 2000;
         d.end_pass();
-        assert_eq!(d.tunnels[0].rate, 1250);
+        assert_eq!(d.tunnels[&0].rate, 1250);
         for _ in 0..40 {
             d.end_pass();
         }
-        assert!(d.tunnels[0].rate < 4);
+        assert!(d.tunnels.is_empty(), "and are forgotten");
+        // What has slots is remembered, however quiet, and whatever its number.
+        d.got(u32::MAX);
+        d.end_pass();
+        assert_eq!(d.tunnels.len(), 1);
+        d.gave(u32::MAX);
+        d.end_pass();
+        assert!(d.tunnels.is_empty());
     }
 }

@@ -6,17 +6,22 @@
 //!   request. Requests before it were lost. A number that was seen already is a late or doubled result. A number that fits
 //!   no request means that driver and engine count differently (a request was lost *before* it was numbered): everything
 //!   under way is given up, and counting goes on behind the highest number seen.
-//! - **Inbound** the oldest request it is, provided that the lengths can belong together; if they cannot, the oldest one that
-//!   they can belong to. A shift by one cannot be detected between packets of like lengths. It ends when the flow of requests
-//!   pauses, at the latest when lost results have filled the window. What a shift changes is only which metadata a packet is
-//!   judged with: it was authenticated, under this SA, and not seen before, which the engine decided.
+//! - **Inbound** the content names the request: its first bytes were deciphered before it was submitted (`first`). Requests
+//!   before it were lost. A result that is like one that was answered lately is a late or doubled one. One that is like none
+//!   is wrong: nobody submitted such a packet. Where first bytes are not to be looked at, it is the oldest request whose length
+//!   can be right; a result that is lost or doubled then shifts those behind it until the flow of requests pauses, so that a
+//!   packet may be delivered twice and another not at all.
 
 use std::collections::VecDeque;
 
+use super::first::First;
 use super::record::{SEQUENCE_END, Shape};
 use crate::engine::{EspJob, JobKind};
 use crate::qdma::hop::Action;
 use sa_store::sa::SaId;
+
+/// Inbound packets that are remembered behind their ends: more than may be in the engine twice over.
+const REMEMBERED: usize = 16;
 
 /// A job without its frame, which went into the engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +43,8 @@ pub(super) struct Request {
     number: u64,
     /// Bytes of the IP packet submitted.
     len: u16,
+    /// Inbound: what lies inside begins so.
+    first: Option<First>,
     /// When, nanoseconds.
     since: u64,
 }
@@ -48,7 +55,7 @@ pub(super) enum Seen {
     /// An ESP packet with this number, of this many bytes with its outer header.
     Sealed { number: u32, outer: u16 },
     /// An inner packet of this many bytes.
-    Opened { inner: u16 },
+    Opened { inner: u16, first: First },
     /// An error, or the news of a lost result.
     Nothing,
 }
@@ -64,6 +71,8 @@ pub(super) enum Answer {
     Orphan,
     /// A number that was seen already. Under a cipher in counter mode this is a repeated IV.
     Repeated,
+    /// An inbound packet that nobody submitted.
+    Strange,
 }
 
 /// Requests of one slot.
@@ -72,6 +81,8 @@ pub(super) struct Flow {
     shape: Shape,
     outbound: bool,
     under_way: VecDeque<Request>,
+    /// First bytes of inbound packets that have ended, the latest last.
+    ended: VecDeque<First>,
     pub(super) waiting: VecDeque<EspJob>,
     /// Next number that the engine will give.
     next: u64,
@@ -90,6 +101,7 @@ impl Flow {
             shape,
             outbound: action == Action::Encrypt,
             under_way: VecDeque::with_capacity(8),
+            ended: VecDeque::with_capacity(REMEMBERED),
             waiting: VecDeque::new(),
             next: u64::from(first),
             seen: u64::from(first) - 1,
@@ -128,13 +140,21 @@ impl Flow {
         outer <= u32::from(largest)
     }
 
-    /// The packet is in the engine.
-    pub(super) fn submitted(&mut self, meta: Meta, id: u64, len: u16, now: u64) {
+    /// The packet is in the engine. `first` of inbound ones, if they are to be known by it.
+    pub(super) fn submitted(
+        &mut self,
+        meta: Meta,
+        id: u64,
+        len: u16,
+        first: Option<First>,
+        now: u64,
+    ) {
         self.under_way.push_back(Request {
             meta,
             id,
             number: self.next,
             len,
+            first,
             since: now,
         });
         if self.outbound {
@@ -161,16 +181,7 @@ impl Flow {
         let answer = match seen {
             Seen::Nothing => self.fail_oldest(),
             Seen::Sealed { number, outer } if self.outbound => self.sealed(number, outer, lost),
-            Seen::Opened { inner } if !self.outbound => {
-                let place = self
-                    .under_way
-                    .iter()
-                    .position(|r| self.shape.fits(inner, r.len));
-                match place {
-                    Some(at) => self.take(at, lost),
-                    None => Answer::Orphan,
-                }
-            }
+            Seen::Opened { inner, first } if !self.outbound => self.opened(inner, &first, lost),
             Seen::Sealed { .. } | Seen::Opened { .. } => self.fail_oldest(),
         };
         self.settle();
@@ -183,7 +194,7 @@ impl Flow {
             if now.saturating_sub(first.since) <= patience {
                 break;
             }
-            lost.extend(self.under_way.pop_front());
+            lost.extend(self.pop());
         }
         self.settle();
     }
@@ -212,16 +223,42 @@ impl Flow {
         }
     }
 
+    fn opened(&mut self, inner: u16, first: &First, lost: &mut Vec<Request>) -> Answer {
+        let is = |r: &Request| {
+            self.shape.fits(inner, r.len) && r.first.as_ref().is_none_or(|f| f.is(first))
+        };
+        match self.under_way.iter().position(is) {
+            Some(at) => self.take(at, lost),
+            None if self.ended.iter().any(|f| f.is(first)) => Answer::Repeated,
+            None if self.under_way.iter().any(|r| r.first.is_some()) => Answer::Strange,
+            None => Answer::Orphan,
+        }
+    }
+
     fn take(&mut self, at: usize, lost: &mut Vec<Request>) -> Answer {
-        lost.extend(self.under_way.drain(..at));
-        match self.under_way.pop_front() {
+        for _ in 0..at {
+            lost.extend(self.pop());
+        }
+        match self.pop() {
             Some(r) => Answer::To(r),
             None => Answer::Orphan,
         }
     }
 
+    /// The oldest request has ended.
+    fn pop(&mut self) -> Option<Request> {
+        let request = self.under_way.pop_front()?;
+        if let Some(first) = request.first {
+            if self.ended.len() >= REMEMBERED {
+                self.ended.pop_front();
+            }
+            self.ended.push_back(first);
+        }
+        Some(request)
+    }
+
     fn fail_oldest(&mut self) -> Answer {
-        match self.under_way.pop_front() {
+        match self.pop() {
             Some(r) => Answer::Failed(r),
             None => Answer::Orphan,
         }
@@ -264,7 +301,7 @@ mod tests {
     fn outbound(n: u64) -> Flow {
         let mut f = Flow::new(SHAPE, Action::Encrypt, 1, None);
         for tag in 1..=n {
-            f.submitted(meta(tag), tag, 84, 0);
+            f.submitted(meta(tag), tag, 84, None, 0);
         }
         f
     }
@@ -308,7 +345,7 @@ mod tests {
         f.expire(2_000, 1_000, &mut lost);
         assert_eq!(lost.len(), 1);
         assert!(f.is_open(4));
-        f.submitted(meta(9), 9, 84, 0);
+        f.submitted(meta(9), 9, 84, None, 0);
         assert_eq!(id(sealed(&mut f, 4, 152).0), 9);
     }
 
@@ -318,11 +355,11 @@ mod tests {
         let mut lost = Vec::new();
         f.expire(2_000, 1_000, &mut lost);
         assert_eq!(lost.len(), 1);
-        f.submitted(meta(2), 2, 84, 2_000);
+        f.submitted(meta(2), 2, 84, None, 2_000);
         // The expired one's result comes: request 2 fails, nothing is given on.
         assert!(matches!(sealed(&mut f, 1, 152).0, Answer::Failed(r) if r.id == 2));
         assert_eq!(sealed(&mut f, 2, 152).0, Answer::Orphan);
-        f.submitted(meta(3), 3, 84, 2_000);
+        f.submitted(meta(3), 3, 84, None, 2_000);
         assert_eq!(id(sealed(&mut f, 3, 152).0), 3);
     }
 
@@ -333,7 +370,7 @@ mod tests {
         assert!(f.never_left(2).is_none());
         assert_eq!(id(sealed(&mut f, 1, 152).0), 1);
         assert_eq!(id(sealed(&mut f, 2, 152).0), 3);
-        f.submitted(meta(4), 4, 84, 0);
+        f.submitted(meta(4), 4, 84, None, 0);
         assert_eq!(id(sealed(&mut f, 3, 152).0), 4);
     }
 
@@ -342,7 +379,7 @@ mod tests {
         let mut f = Flow::new(SHAPE, Action::Encrypt, 1, Some(3));
         for tag in 1..=3 {
             assert!(!f.is_at_limit());
-            f.submitted(meta(tag), tag, 84, 0);
+            f.submitted(meta(tag), tag, 84, None, 0);
         }
         assert!(f.is_at_limit());
         // One of them never got its number: it may be used still.
@@ -350,27 +387,78 @@ mod tests {
         assert!(!f.is_at_limit());
         let mut end = Flow::new(SHAPE, Action::Encrypt, SEQUENCE_END - 1, None);
         assert!(!end.is_at_limit());
-        end.submitted(meta(1), 1, 84, 0);
+        end.submitted(meta(1), 1, 84, None, 0);
         assert!(end.is_at_limit());
         let inbound = Flow::new(SHAPE, Action::Decrypt, SEQUENCE_END, None);
         assert!(!inbound.is_at_limit());
     }
 
+    /// An inbound packet whose content is `n`.
+    fn open(n: u8) -> First {
+        First::of(&[&[0x45; 20][..], &[n; 44]].concat())
+    }
+
+    fn inbound(packets: &[(u64, u16, u8)]) -> Flow {
+        let mut f = Flow::new(SHAPE, Action::Decrypt, 1, None);
+        for (tag, outer, n) in packets {
+            f.submitted(meta(*tag), *tag, *outer, Some(open(*n)), 0);
+        }
+        f
+    }
+
+    fn opened(f: &mut Flow, inner: u16, n: u8) -> (Answer, Vec<u64>) {
+        let mut lost = Vec::new();
+        let first = open(n);
+        let answer = f.answer(Seen::Opened { inner, first }, &mut lost);
+        (answer, lost.iter().map(|r| r.id).collect())
+    }
+
     #[test]
-    fn inbound_results_go_to_the_oldest_request_that_can_have_them() {
+    fn an_inbound_result_goes_to_the_packet_that_it_was() {
+        let mut f = inbound(&[(1, 152, 1), (2, 152, 2), (3, 152, 3)]);
+        let (answer, lost) = opened(&mut f, 84, 2);
+        assert_eq!((id(answer), lost), (2, vec![1]));
+        // Late, and twice: neither is given on in another's place.
+        assert_eq!(opened(&mut f, 84, 1).0, Answer::Repeated);
+        assert_eq!(opened(&mut f, 84, 2).0, Answer::Repeated);
+        assert_eq!(id(opened(&mut f, 84, 3).0), 3);
+        assert_eq!(opened(&mut f, 84, 3).0, Answer::Repeated);
+        assert_eq!(
+            opened(&mut f, 84, 9).0,
+            Answer::Orphan,
+            "with nothing under way"
+        );
+    }
+
+    #[test]
+    fn an_inbound_packet_that_nobody_submitted_is_strange() {
+        let mut f = inbound(&[(1, 152, 1)]);
+        assert_eq!(opened(&mut f, 84, 7).0, Answer::Strange);
+        assert_eq!(opened(&mut f, 1400, 1).0, Answer::Strange, "another length");
+        assert_eq!(id(opened(&mut f, 84, 1).0), 1);
+    }
+
+    #[test]
+    fn a_packet_that_was_failed_in_anothers_place_is_known_when_it_comes() {
+        let mut f = inbound(&[(1, 152, 1), (2, 152, 2)]);
+        let mut lost = Vec::new();
+        // The error was of a packet that had been answered.
+        assert!(matches!(f.answer(Seen::Nothing, &mut lost), Answer::Failed(r) if r.id == 1));
+        assert_eq!(opened(&mut f, 84, 1).0, Answer::Repeated);
+        f.expire(2_000, 1_000, &mut lost);
+        assert_eq!(opened(&mut f, 84, 2).0, Answer::Repeated);
+        assert_eq!(f.answer(Seen::Nothing, &mut lost), Answer::Orphan);
+    }
+
+    #[test]
+    fn without_first_bytes_inbound_results_go_to_the_oldest_request_that_can_have_them() {
         let mut f = Flow::new(SHAPE, Action::Decrypt, 1, None);
         for (tag, outer) in [(1, 152), (2, 1480), (3, 152)] {
-            f.submitted(meta(tag), tag, outer, 0);
+            f.submitted(meta(tag), tag, outer, None, 0);
         }
-        let mut lost = Vec::new();
-        assert_eq!(id(f.answer(Seen::Opened { inner: 1400 }, &mut lost)), 2);
-        assert_eq!(lost.drain(..).map(|r| r.id).collect::<Vec<_>>(), [1]);
-        assert_eq!(
-            f.answer(Seen::Opened { inner: 1400 }, &mut lost),
-            Answer::Orphan
-        );
-        assert!(matches!(f.answer(Seen::Nothing, &mut lost), Answer::Failed(r) if r.id == 3));
-        assert_eq!(f.answer(Seen::Nothing, &mut lost), Answer::Orphan);
+        let (answer, lost) = opened(&mut f, 1400, 0);
+        assert_eq!((id(answer), lost), (2, vec![1]));
+        assert_eq!(opened(&mut f, 1400, 0).0, Answer::Orphan);
     }
 
     proptest::proptest! {
@@ -387,7 +475,7 @@ mod tests {
                 now += 1;
                 match kind {
                     0 | 1 if f.is_open(4) => {
-                        f.submitted(meta(next), next, 84, now);
+                        f.submitted(meta(next), next, 84, None, now);
                         next += 1;
                     }
                     2 => f.expire(now, 20, &mut lost),
@@ -402,7 +490,7 @@ mod tests {
                             ended.push(r.id);
                         }
                         Answer::Failed(r) => ended.push(r.id),
-                        Answer::Orphan | Answer::Repeated => {}
+                        Answer::Orphan | Answer::Repeated | Answer::Strange => {}
                     },
                 }
                 ended.extend(lost.iter().map(|r| r.id));

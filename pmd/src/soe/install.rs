@@ -7,6 +7,7 @@ use sa_store::sa::{Direction, SaId, SaSpec};
 use zeroize::Zeroizing;
 
 use super::assumptions::Assumptions;
+use super::first::Opener;
 use super::flow::Flow;
 use super::record::{self, Shape};
 use super::slots::{Carried, State};
@@ -52,7 +53,10 @@ impl SoeEngine {
                 .packets
                 .filter(|_| carried.action == Action::Encrypt),
         );
-        self.slots.occupy(slot, carried, flow);
+        let is_known_by_content =
+            carried.action == Action::Decrypt && self.config.assume.knows_by_content;
+        let opener = is_known_by_content.then(|| Opener::of(spec)).flatten();
+        self.slots.occupy(slot, carried, opener, flow);
         self.demand.got(tunnel);
         tracing::info!(engine = NAME, sa = %spec.name, slot, "SA installed");
         Ok(())

@@ -15,6 +15,7 @@
 
 mod assumptions;
 mod demand;
+mod first;
 mod flow;
 mod install;
 mod queue;
@@ -22,8 +23,8 @@ mod record;
 mod slots;
 mod window;
 
-#[cfg(test)]
-mod fuzz;
+pub mod fuzz;
+pub(crate) mod rig;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -41,7 +42,7 @@ pub use assumptions::Assumptions;
 use crate::device::{DeviceError, Mmio};
 use crate::engine::{Capabilities, EngineDead, EngineStats, EspEngine, EspJob, JobStatus, Refusal};
 use crate::qdma::QdmaError;
-use crate::qdma::hub::{ForEngine, SharedHub};
+use crate::qdma::hub::{EngineTicket, ForEngine, SharedHub};
 use demand::Demand;
 use flow::{Meta, Request};
 use slots::Slots;
@@ -117,8 +118,10 @@ pub struct SoeCounters {
     pub dropped: Counter,
     /// Results that belong to no request.
     pub orphans: Counter,
-    /// Results with a number that was seen already.
+    /// Results that came before: with a number that was seen already, or of an inbound packet that was answered.
     pub repeated: Counter,
+    /// Inbound packets that nobody submitted.
+    pub strange: Counter,
     /// Results that say "error", by hop flags 5, 6 and 7.
     pub errors: [Counter; 3],
     /// Results of the other direction than their SA's.
@@ -147,7 +150,8 @@ impl SoeCounters {
         stats.malformed.set(self.refused.value());
         stats.lost.set(lost + dropped);
         let odd = self.orphans.value() + self.wrong_direction.value() + self.malformed.value();
-        stats.wrong.set(odd + self.repeated.value());
+        let again = self.repeated.value() + self.strange.value();
+        stats.wrong.set(odd + again);
     }
 }
 
@@ -164,11 +168,10 @@ pub enum Health {
     Dead(&'static str),
 }
 
-/// Where the engine's time comes from: tests move it by hand.
+/// Where the engine's time comes from: tests and fuzzers move it by hand.
 #[derive(Debug, Clone)]
 enum Clock {
     Real(Instant),
-    #[cfg(test)]
     Manual(Arc<std::sync::atomic::AtomicU64>),
 }
 
@@ -176,7 +179,6 @@ impl Clock {
     fn now(&self) -> u64 {
         match self {
             Clock::Real(begin) => u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX),
-            #[cfg(test)]
             Clock::Manual(t) => t.load(std::sync::atomic::Ordering::Relaxed),
         }
     }
@@ -188,6 +190,7 @@ pub struct SoeEngine {
     config: SoeConfig,
     window: Window,
     hub: SharedHub,
+    ticket: EngineTicket,
     slots: Slots,
     demand: Demand,
     clock: Clock,
@@ -246,9 +249,11 @@ impl SoeEngine {
         config.assume = config.assume.bounded();
         config.patience = config.patience.min(MOST_PATIENCE);
         let window = Window::new(regs, config.assume.scrub_staging)?;
-        window.start(config.assume.slots)?;
-        if !hub.lock().attach_engine() {
-            return Err(SoeError::Taken);
+        // First: another engine's SAs are not ours to invalidate.
+        let ticket = hub.lock().attach_engine().ok_or(SoeError::Taken)?;
+        if let Err(error) = window.start(config.assume.slots) {
+            hub.lock().detach_engine(ticket);
+            return Err(error.into());
         }
         for (name, value) in config.assume.table() {
             tracing::info!(engine = NAME, name, value, "assumed, not known");
@@ -258,6 +263,7 @@ impl SoeEngine {
             capabilities: capabilities(&config),
             window,
             hub,
+            ticket,
             slots: Slots::new(slots),
             demand: Demand::default(),
             clock,
@@ -350,6 +356,10 @@ impl EspEngine for SoeEngine {
         self.in_flight
     }
 
+    fn is_present(&self) -> bool {
+        self.window.is_present()
+    }
+
     fn is_healthy(&self) -> bool {
         self.health == Health::Good
     }
@@ -408,6 +418,6 @@ impl Drop for SoeEngine {
                 hub.put(r.frame);
             }
         }
-        hub.detach_engine();
+        hub.detach_engine(self.ticket);
     }
 }

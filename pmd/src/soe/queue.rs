@@ -1,5 +1,6 @@
 //! Packets into the engine and out of it.
 
+use super::first::First;
 use super::flow::{Answer, Meta, Request, Seen};
 use super::record::LARGEST;
 use super::slots::{Carried, State};
@@ -111,6 +112,10 @@ impl SoeEngine {
                     note: job.note,
                     kind: job.kind,
                 };
+                let first = slot.opener.as_ref().map(|opener| {
+                    let esp = job.frame.data().get(usize::from(sa.shape.esp_off())..);
+                    opener.first(esp.unwrap_or_default(), sa.shape.icv)
+                });
                 let framed = encase(&mut job.frame, sa.action, number);
                 let id = self.next_id;
                 let cookie = ENGINE_COOKIE | (id << 8 & !ENGINE_COOKIE) | u64::from(number);
@@ -125,7 +130,7 @@ impl SoeEngine {
                         room -= 1;
                         self.counters.requests.add(1);
                         self.counters.bytes.add(u64::from(len));
-                        slot.flow.submitted(meta, id, len, now);
+                        slot.flow.submitted(meta, id, len, first, now);
                         if !assume.batch {
                             hub.kick();
                         }
@@ -218,9 +223,13 @@ impl SoeEngine {
             Answer::Orphan => self.counters.orphans.add(1),
             Answer::Repeated => {
                 self.counters.repeated.add(1);
-                if sa.counter_mode {
+                if sa.counter_mode && sa.action == Action::Encrypt {
                     self.distrust(Health::Wrong("a number, and so an IV, came twice"));
                 }
+            }
+            Answer::Strange => {
+                self.counters.strange.add(1);
+                self.distrust(Health::Wrong("it opened a packet that nobody submitted"));
             }
         }
         hub.put(frame);
@@ -419,7 +428,10 @@ fn look(frame: &mut Frame, sa: &Carried) -> Seen {
                 _ => None,
             };
             match (inner, len(frame)) {
-                (Some(inner), Some(all)) if inner <= all => Seen::Opened { inner: all },
+                (Some(inner), Some(all)) if inner <= all => Seen::Opened {
+                    inner: all,
+                    first: First::of(data),
+                },
                 _ => Seen::Nothing,
             }
         }

@@ -265,6 +265,7 @@ mod tests {
         first_number: 1,
         copies_df: true,
         pads_least: true,
+        knows_by_content: true,
         ttl: 64,
     };
 

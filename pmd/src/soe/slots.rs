@@ -5,6 +5,7 @@
 
 use sa_store::sa::SaId;
 
+use super::first::Opener;
 use super::flow::{Flow, Request};
 use super::record::Shape;
 use crate::engine::EspJob;
@@ -46,6 +47,8 @@ pub(super) struct Carried {
 pub(super) struct Slot {
     pub(super) state: State,
     pub(super) sa: Option<Carried>,
+    /// Inbound, when packets are to be known by their first bytes.
+    pub(super) opener: Option<Opener>,
     pub(super) flow: Flow,
 }
 
@@ -84,7 +87,7 @@ impl Slots {
     }
 
     /// Puts an SA into a slot.
-    pub(super) fn occupy(&mut self, slot: u8, sa: Carried, flow: Flow) {
+    pub(super) fn occupy(&mut self, slot: u8, sa: Carried, opener: Option<Opener>, flow: Flow) {
         let index = sa.id.index as usize;
         if self.of_sa.len() <= index {
             self.of_sa.resize(index + 1, NONE);
@@ -95,6 +98,7 @@ impl Slots {
             *place = Slot {
                 state: State::Active,
                 sa: Some(sa),
+                opener,
                 flow,
             };
         }
@@ -136,8 +140,10 @@ impl Slots {
         {
             *place = NONE;
         }
-        slot.state = state;
-        slot.flow = Slot::empty().flow;
+        *slot = Slot {
+            state,
+            ..Slot::empty()
+        };
         sa
     }
 
@@ -173,6 +179,7 @@ impl Slot {
         Slot {
             state: State::Free(None),
             sa: None,
+            opener: None,
             flow: Flow::new(shape, Action::Decrypt, 1, None),
         }
     }
@@ -204,7 +211,7 @@ mod tests {
 
     fn put(slots: &mut Slots, index: u32, now: u64) -> Option<u8> {
         let slot = slots.find(now)?;
-        slots.occupy(slot, sa(index, 0), Slot::empty().flow);
+        slots.occupy(slot, sa(index, 0), None, Slot::empty().flow);
         Some(slot)
     }
 
@@ -234,7 +241,7 @@ mod tests {
         assert!(s.of(id(7, 0)).is_none());
         assert!(s.with_sa(0).is_some() && s.with_sa(1).is_none() && s.with_sa(200).is_none());
         // The next SA with this index is in another slot before the first has left.
-        s.occupy(1, sa(7, 1), Slot::empty().flow);
+        s.occupy(1, sa(7, 1), None, Slot::empty().flow);
         s.vacate(0, State::Free(Some(0)));
         assert_eq!(s.of(id(7, 1)).unwrap().0, 1);
     }

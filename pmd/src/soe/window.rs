@@ -53,6 +53,11 @@ impl Window {
         Ok(Window { regs, scrub })
     }
 
+    /// Whether it answers.
+    pub(super) fn is_present(&self) -> bool {
+        self.regs.read32(GLB_CFG) != u32::MAX
+    }
+
     /// Brings the engine from whatever a boot loader or an earlier owner left to "on, no SAs".
     pub(super) fn start(&self, slots: u8) -> Result<(), DeviceError> {
         self.stop()?;

@@ -70,11 +70,7 @@ impl TxRing {
         doorbell: Mmio,
     ) -> Result<TxRing, DeviceError> {
         let page = arena.page_size() as u64;
-        let stride = u64::from(arena.stride());
-        let most = match page.is_multiple_of(stride) {
-            true => 1,
-            false => u32::try_from(stride.div_ceil(page)).unwrap_or(1) + 1,
-        };
+        let most = u32::try_from(arena.pages_of_a_frame()).unwrap_or(u32::MAX);
         let bytes = frames.size() as usize * DESCRIPTOR;
         Ok(TxRing {
             ring: device.dma_alloc(bytes, RING_ALIGN, IovaClass::Any)?,

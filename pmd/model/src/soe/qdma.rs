@@ -317,6 +317,14 @@ impl Qdma {
         given
     }
 
+    /// Whether a frame for the ring would find a descriptor.
+    pub(super) fn has_room(&self, ring: u8) -> bool {
+        let at = rx(ring);
+        self.get(GLOBAL) & GLOBAL_RX != 0
+            && self.get(at) != 0
+            && self.get(at + 8) != self.get(at + 12)
+    }
+
     fn scatter(&mut self, bus: &mut Bus, ring: u8, bytes: &[u8], msg: [u32; 3]) -> bool {
         let at = rx(ring);
         let (base, size) = (u64::from(self.get(at)), self.get(at + 4) & 0xffff);

@@ -33,6 +33,9 @@ pub struct Switches {
     /// Commits are never done
     #[arg(long)]
     pub no_commit: bool,
+    /// Frames of the MACs arrive on this QDMA instance; those of the first on 0, of the others on 1 when absent
+    #[arg(long)]
+    pub frame_instance: Option<u8>,
     /// Frames sent to a port of the packet switch come back from it
     #[arg(long)]
     pub loopback: bool,
@@ -51,6 +54,7 @@ impl Default for Switches {
             extra_padding: 0,
             ttl: 64,
             no_commit: false,
+            frame_instance: None,
             loopback: false,
         }
     }

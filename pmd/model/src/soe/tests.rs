@@ -1,5 +1,6 @@
 //! The reference's checks of a model, at the registers.
 
+use super::esp::Fault;
 use super::*;
 use crate::log::Log;
 

@@ -6,10 +6,7 @@ use aes_gcm::aead::AeadInOut;
 use aes_gcm::aead::consts::U12;
 use aes_gcm::{AesGcm, Nonce};
 use hmac::{Hmac as Mac_, Mac};
-use sa_store::sa::{
-    Df, Direction, Dscp, IfId, Limits, Mode, OffloadMode, SaId, SaKeys, SaSpec, Spi, Tfc, UdpEncap,
-    Vrf,
-};
+use sa_store::sa::{Direction, OffloadMode, SaId, SaKeys, SaSpec, Spi, UdpEncap};
 use sa_store::suite::{AeadIcv, AesBits, Cipher, Hmac, Suite};
 
 /// An SA of both sides.
@@ -39,36 +36,21 @@ pub(crate) fn every_suite() -> Vec<Suite> {
 pub(crate) fn sa(direction: Direction, suite: Suite, encap: Option<UdpEncap>) -> SaSpec {
     let key = |n: usize| (1..=255).take(n).collect::<Vec<u8>>().into();
     SaSpec {
-        name: "sa".into(),
         tunnel: "t".into(),
-        direction,
-        spi: Spi::new(0xabcd_1234).unwrap(),
-        src: "192.0.2.1".parse().unwrap(),
         dst: "198.51.100.7".parse().unwrap(),
-        mode: Mode::Tunnel,
-        suite,
-        keys: SaKeys {
-            enc: key(suite.enc_key_len()),
-            auth: key(suite.auth_key_len()),
-        },
         encap,
-        esn: false,
-        replay_window: 64,
-        first_use: true,
-        soft: Limits::default(),
-        hard: Limits::default(),
-        dscp: Dscp::Copy,
-        df: Df::Copy,
-        ecn: true,
-        ttl: 64,
-        pmtu: None,
-        tfc: Tfc::Off,
-        mss_clamp: false,
-        vrf: Vrf::default(),
-        if_id: IfId::default(),
-        selectors: Vec::new(),
         offload: OffloadMode::Packet,
         engine: Some("soe".into()),
+        ..SaSpec::plain(
+            "sa",
+            direction,
+            Spi::new(0xabcd_1234).unwrap(),
+            suite,
+            SaKeys {
+                enc: key(suite.enc_key_len()),
+                auth: key(suite.auth_key_len()),
+            },
+        )
     }
 }
 

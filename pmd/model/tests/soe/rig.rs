@@ -1,6 +1,5 @@
 //! Driver, model and the socket between them.
 
-use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -15,28 +14,13 @@ use pmd::engine::{EspEngine, EspJob, JobKind, JobStatus, Refusal};
 use pmd::qdma::QdmaPlan;
 use pmd::soe::{SoeConfig, SoeEngine};
 use pmd::{Arena, ArenaConfig, Pool};
-use sa_store::cipher::{CipherJob, SaCipher};
+use sa_store::cipher::NoCipher;
 use sa_store::runtime::{Install, Place, SaEntry, Start, TunnelIdx};
 use sa_store::sa::{Direction, OffloadMode, SaId, SaSpec};
 use sa_store::snapshot::Snapshot;
 use sa_store::store::Store;
 
 use super::reference::{Sa, inner};
-
-/// Keys are the engine's: software does nothing.
-struct NoCipher;
-
-impl SaCipher for NoCipher {
-    fn lane(&self) -> u16 {
-        0
-    }
-    fn prefetch(&self) {}
-    fn seal(&self, _: &mut [CipherJob<'_>]) {}
-    fn open(&self, _: &mut [CipherJob<'_>]) {}
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-}
 
 pub(crate) fn gcm_on() -> SoeConfig {
     let mut c = super::calm();
@@ -99,7 +83,7 @@ impl Rig {
             ..ArenaConfig::default()
         })
         .unwrap();
-        let plans = vec![QdmaPlan::shared(0), QdmaPlan::shared(1)];
+        let plans = vec![QdmaPlan::shared(0, 2, true), QdmaPlan::shared(1, 2, true)];
         let block = Block::new(&device, None, plans, &arena).unwrap();
         let engine = block.engine(config).unwrap();
         block.start().unwrap();

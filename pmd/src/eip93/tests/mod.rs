@@ -1,10 +1,8 @@
-//! The driver against the model, through a vfio-user socket; and against a device that writes what it likes.
+//! The driver against the model, through a vfio-user socket.
 
-mod hostile;
 mod misbehaviour;
 mod modes;
 
-use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -15,95 +13,19 @@ use aes::cipher::{
 use esplanade_model::eip93::{Eip93, Switches};
 use esplanade_model::{KnobArgs, Knobs, Running, Server};
 use hmac::Mac;
-use sa_store::cipher::{CipherError, CipherFactory, CipherJob, SaCipher};
-use sa_store::policy::Selector;
+use sa_store::cipher::NoCipher;
 use sa_store::runtime::Start;
-use sa_store::sa::{
-    Df, Direction, Dscp, IfId, Limits, Mode, OffloadMode, SaId, SaKeys, SaSpec, Spi, Tfc, Vrf,
-};
+use sa_store::sa::{Direction, OffloadMode, SaId, SaKeys, SaSpec, Spi};
 use sa_store::snapshot::Snapshot;
 use sa_store::store::Store;
 use sa_store::suite::{AesBits, Cipher, Hmac, Suite};
 
+pub(super) use super::fuzz::{CBC_SHA1, OUTER, SPI, spec};
 use super::*;
 use crate::device::vfio_user::VfioUserDevice;
 use crate::engine::{EspEngine, EspJob, JobKind, JobStatus, Refusal};
 use crate::frame::Frame;
 use crate::{ArenaConfig, Pool};
-
-/// Bytes in front of the ESP header.
-pub(super) const OUTER: u16 = 20;
-pub(super) const SPI: u32 = 0xc0ff_ee01;
-
-/// Keys are the engine's: software does nothing.
-struct NoCipher;
-
-impl SaCipher for NoCipher {
-    fn lane(&self) -> u16 {
-        0
-    }
-    fn prefetch(&self) {}
-    fn seal(&self, _: &mut [CipherJob<'_>]) {}
-    fn open(&self, _: &mut [CipherJob<'_>]) {}
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-}
-
-struct NoFactory;
-
-impl CipherFactory for NoFactory {
-    fn make(
-        &self,
-        _: Suite,
-        _: &SaKeys,
-        _: bool,
-        _: Direction,
-    ) -> Result<Box<dyn SaCipher>, CipherError> {
-        Ok(Box::new(NoCipher))
-    }
-    fn provider_for(&self, _: Suite) -> Option<&'static str> {
-        None
-    }
-}
-
-pub(super) fn spec(suite: Suite, direction: Direction, offload: OffloadMode) -> SaSpec {
-    let bytes = |n: usize, from: u8| (0..n).zip(from..).map(|(_, b)| b).collect::<Vec<u8>>();
-    SaSpec {
-        name: "a".into(),
-        tunnel: "t".into(),
-        direction,
-        spi: Spi::new(SPI).unwrap(),
-        src: "192.0.2.1".parse().unwrap(),
-        dst: "192.0.2.2".parse().unwrap(),
-        mode: Mode::Tunnel,
-        suite,
-        keys: SaKeys {
-            enc: bytes(suite.enc_key_len(), 3).into(),
-            auth: bytes(suite.auth_key_len(), 101).into(),
-        },
-        encap: None,
-        esn: false,
-        replay_window: 64,
-        first_use: true,
-        soft: Limits::default(),
-        hard: Limits::default(),
-        dscp: Dscp::default(),
-        df: Df::default(),
-        ecn: true,
-        ttl: 64,
-        pmtu: None,
-        tfc: Tfc::Off,
-        mss_clamp: false,
-        vrf: Vrf::default(),
-        if_id: IfId::default(),
-        selectors: Vec::<Selector>::new(),
-        offload,
-        engine: None,
-    }
-}
-
-pub(super) const CBC_SHA1: Suite = Suite::CipherHmac(Cipher::Cbc(AesBits::B128), Hmac::Sha1_96);
 
 /// Every suite that the engine has.
 pub(super) fn suites() -> Vec<Suite> {
@@ -181,7 +103,7 @@ impl Rig {
         let mut draft = self.store.draft();
         let id = self
             .store
-            .add_sa(&mut draft, Arc::new(spec), &NoFactory, start, 0)
+            .add_sa(&mut draft, Arc::new(spec), &NoCipher, start, 0)
             .unwrap();
         self.store.publish(draft);
         self.view = self.store.current();
