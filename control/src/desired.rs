@@ -29,6 +29,19 @@ pub fn load(paths: &[PathBuf]) -> Result<Config, Problems> {
     list.or(all)
 }
 
+/// SAs whose lifetime is over before a successor like them sends, each with its place and the reason.
+pub fn too_short(config: &Config, rekey: &crate::rekey::Config) -> Vec<String> {
+    let mut short = Vec::new();
+    for (i, sa) in config.sas.iter().enumerate() {
+        if let Err(why) = rekey.check(sa) {
+            let at = config.origins.sas.get(i);
+            let at = at.map(|a| format!("{a}: ")).unwrap_or_default();
+            short.push(format!("{at}SA \"{}\": {why}", sa.name));
+        }
+    }
+    short
+}
+
 fn merge(all: &mut Config, one: Config) {
     all.tunnels.extend(one.tunnels);
     all.sas.extend(one.sas);

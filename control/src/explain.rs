@@ -12,6 +12,8 @@ use sa_store::snapshot::Snapshot;
 use sa_store::spd::{Action, InboundVerdict, PolicyIdx, Spd};
 use serde::{Deserialize, Serialize};
 
+use crate::rekey::terms::View;
+
 /// Where the packet arrives, or what took it from ESP.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -83,6 +85,10 @@ pub struct State<'s> {
     pub tunnel_name: &'s dyn Fn(TunnelIdx) -> String,
     /// Name of a port.
     pub port_name: &'s dyn Fn(u16) -> String,
+    /// The route that decides about a destination, and where it comes from.
+    pub route: &'s dyn Fn(Vrf, IpAddr) -> Option<String>,
+    /// A tunnel's rekey.
+    pub rekey_state: &'s dyn Fn(TunnelIdx) -> View,
     /// Gateway clock, nanoseconds.
     pub now: u64,
 }
@@ -126,6 +132,7 @@ impl State<'_> {
                 );
                 drop_for(DropReason::FragmentPolicy, e);
             }
+            Action::Local => drop_for(DropReason::NotForUs, e),
         }
     }
 
@@ -197,6 +204,9 @@ impl State<'_> {
     }
 
     fn route(&self, dst: IpAddr, vrf: Vrf, e: &mut Explanation, verdict: &str) {
+        if let Some(route) = (self.route)(vrf, dst) {
+            e.why.push(format!("the route to {dst} is {route}"));
+        }
         match self.snapshot.fib.lookup(vrf, mapped(dst), 0) {
             Hop::Neighbour(hop) => {
                 let port = self
@@ -265,6 +275,16 @@ impl State<'_> {
             "SA \"{}\" (SPI {}, {}, {} to {}), owned by worker {}",
             sa.spec.name, sa.spec.spi, sa.spec.suite, sa.spec.src, sa.spec.dst, sa.fixed.owner
         ));
+        let view = (self.rekey_state)(sa.fixed.tunnel);
+        if view.state != "steady" {
+            let why = view.reason.map(|r| format!(" ({})", r.name()));
+            e.why.push(format!(
+                "the rekey of its tunnel is in state \"{}\"{}",
+                view.state,
+                why.unwrap_or_default()
+            ));
+        }
+        e.why.extend(limits(sa, self.now));
     }
 
     /// Why the SA would carry nothing now.
@@ -296,6 +316,25 @@ impl State<'_> {
             None
         }
     }
+}
+
+/// What is left of an SA, in words; nothing for one without limits.
+fn limits(sa: &SaEntry, now: u64) -> Option<String> {
+    let g = sa.gauges(now);
+    let mut parts = Vec::new();
+    for (what, gauge, unit) in [
+        ("packets", g.packets, 1),
+        ("bytes", g.bytes, 1),
+        ("seconds", g.time, 1_000_000_000),
+    ] {
+        for (limit, name) in [(gauge.soft, "soft"), (gauge.hard, "hard")] {
+            if limit != u64::MAX {
+                let left = limit.saturating_sub(gauge.used) / unit;
+                parts.push(format!("{left} {what} to its {name} limit"));
+            }
+        }
+    }
+    (!parts.is_empty()).then(|| format!("it has {}", parts.join(", ")))
 }
 
 fn drop_for(reason: DropReason, e: &mut Explanation) {

@@ -23,9 +23,7 @@ impl Health {
     /// Looks at the workers; call it at least every second.
     pub fn observe(&mut self, workers: &[WorkerView], now: Instant) {
         for (i, w) in workers.iter().enumerate() {
-            let rounds = w.counters.busy_polls.value()
-                + w.counters.idle_polls.value()
-                + w.counters.sleeps.value();
+            let rounds = rounds_of(w);
             match self.beats.get_mut(i) {
                 None => self.beats.push(Beat { rounds, since: now }),
                 Some(beat) if beat.rounds != rounds => *beat = Beat { rounds, since: now },
@@ -39,10 +37,18 @@ impl Health {
         if !plane.alive() {
             return Some("a worker's thread has ended".into());
         }
+        // When control itself was held up, the last look is old and says nothing: what counts is now.
+        let views = plane.workers();
         let stuck = self
             .beats
             .iter()
-            .position(|b| now.duration_since(b.since) > STUCK);
+            .zip(views)
+            .position(|(b, w)| now.duration_since(b.since) > STUCK && b.rounds == rounds_of(w));
         stuck.map(|i| format!("worker {i} has made no progress for {} s", STUCK.as_secs()))
     }
+}
+
+fn rounds_of(w: &WorkerView) -> u64 {
+    let c = &w.counters;
+    c.busy_polls.value() + c.idle_polls.value() + c.sleeps.value()
 }

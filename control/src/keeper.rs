@@ -64,6 +64,11 @@ impl Tracked {
         &self.lease
     }
 
+    /// The running SA that uses it.
+    pub fn entry(&self) -> Option<&Arc<SaEntry>> {
+        self.entry.as_ref()
+    }
+
     /// Whether the lease was another SA's before.
     pub fn is_heir(&self) -> bool {
         self.heir
@@ -256,20 +261,18 @@ impl Keeper {
         !self.retired.is_empty()
     }
 
-    /// These SAs are out of use. Leases that nobody uses any more end at their exact numbers.
+    /// The removed SAs that are still in use.
+    pub fn retiring(&self) -> impl Iterator<Item = &Arc<SaEntry>> {
+        self.retired.values().filter_map(Tracked::entry)
+    }
+
+    /// These SAs are out of use. Leases that nobody uses any more end at their exact numbers; nobody waits for the disk.
     ///
     /// # Errors
-    /// The store did not take it: the committed limits stand, nothing is reused.
+    /// The store has ended: the committed limits stand, nothing is reused.
     pub fn gone(&mut self, ids: &[SaId], writer: &LeaseWriter) -> Result<(), LeaseError> {
-        let ended = ids
-            .iter()
-            .filter_map(|id| self.end(*id))
-            .collect::<Vec<_>>();
-        if ended.is_empty() {
-            Ok(())
-        } else {
-            writer.release_many(ended)
-        }
+        let ended = ids.iter().filter_map(|id| self.end(*id)).collect();
+        writer.give_back(ended)
     }
 
     fn end(&mut self, id: SaId) -> Option<(Arc<Lease>, Release)> {
@@ -367,16 +370,15 @@ impl Keeper {
     /// Ends all leases. `stopped`: the workers have let go of everything, so the exact numbers are known.
     ///
     /// # Errors
-    /// As [`gone`](Self::gone).
+    /// The store did not take it: the committed limits stand, nothing is reused.
     pub fn finish(&mut self, stopped: bool, writer: &LeaseWriter) -> Result<(), LeaseError> {
         self.retired.extend(self.active.drain());
         let ids: Vec<SaId> = self.retired.keys().copied().collect();
-        if stopped {
-            return self.gone(&ids, writer);
-        }
         let mut ended: Vec<_> = ids.iter().filter_map(|id| self.end(*id)).collect();
-        for (_, how) in &mut ended {
-            *how = Release::Unknown;
+        if !stopped {
+            for (_, how) in &mut ended {
+                *how = Release::Unknown;
+            }
         }
         writer.release_many(ended)
     }

@@ -24,7 +24,23 @@ pub mod health;
 pub mod http;
 pub mod install;
 pub mod keeper;
+pub mod kernel;
 pub mod metrics;
+pub mod mirrored;
+mod origins;
+mod parts;
 pub mod plane;
+pub mod rekey;
+mod reload;
 pub mod run;
+pub mod vici;
 pub mod watch;
+pub mod xfrm;
+
+// What the tests beside this crate are made of serves those inside it.
+#[cfg(test)]
+extern crate self as control;
+#[cfg(test)]
+#[allow(dead_code, reason = "each test uses its part")]
+#[path = "../tests/common/mod.rs"]
+mod common;

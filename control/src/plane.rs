@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use sa_store::file::Config;
 use sa_store::ledger::WorkerCounters;
+use sa_store::policy::Policy;
 use sa_store::report::Report;
 use sa_store::runtime::{Place, SaEntry};
 use sa_store::sa::{Direction, OffloadMode, SaId, SaSpec};
@@ -206,9 +206,9 @@ pub trait DataPlane: Send + Sync {
     /// Frames that are free in packet memory, and how many there are.
     fn frames(&self) -> (u64, u64);
 
-    /// A configuration is running: whatever follows the policies, such as the destinations that are taken from
-    /// interfaces, is to be brought in line.
-    fn published(&self, config: &Config);
+    /// These policies are running, which those before were not: whatever follows them, such as the destinations that
+    /// are taken from interfaces, is to be brought in line.
+    fn published(&self, policies: &[&Policy]);
 
     /// Where the SA is to be ciphered; `before` is the one that it succeeds.
     ///
@@ -233,6 +233,11 @@ pub trait DataPlane: Send + Sync {
     /// Lets an engine forget an SA that no worker uses any more.
     fn remove(&self, sa: SaId) {
         let _ = sa;
+    }
+
+    /// The kernel has another MTU for the interface of a port, bytes of an IP packet.
+    fn set_mtu(&self, port: u16, mtu: u32) {
+        let _ = (port, mtu);
     }
 
     /// Starts a capture on a port.

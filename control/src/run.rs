@@ -13,8 +13,13 @@ use tokio::time::MissedTickBehavior;
 use crate::api::{self, ApiConfig, ApiError};
 use crate::core::{Control, Parts, Reload};
 use crate::http;
+use crate::kernel;
 use crate::metrics::Exporter;
+use crate::rekey::hook;
+use crate::reload::reload;
+use crate::vici;
 use crate::watch::Watch;
+use crate::xfrm;
 
 /// Leases, retirement and events of busy SAs are looked at this often.
 const TICK: Duration = Duration::from_millis(10);
@@ -30,6 +35,8 @@ pub struct Options {
     pub watch: bool,
     /// SIGTERM and SIGINT end [`Running::wait`]; tell the service manager of state.
     pub service: bool,
+    /// Take the SAs that an IKE daemon puts into the kernel.
+    pub ike: Option<xfrm::Settings>,
 }
 
 /// Why control did not start.
@@ -52,6 +59,9 @@ pub enum StartError {
     /// A metric is declared twice: a fault of ours.
     #[error("metrics: {0}")]
     Declared(String),
+    /// The kernel's SAs cannot be followed.
+    #[error("ike.xfrm: the kernel's SAs cannot be followed: {0}")]
+    Xfrm(#[source] std::io::Error),
     /// The first load failed. Nothing was started.
     #[error("{}", .0.join("\n"))]
     Refused(Vec<String>),
@@ -71,6 +81,8 @@ pub enum Ended {
 /// The control thread at work.
 pub struct Running {
     control: Arc<Mutex<Control>>,
+    kernel: Option<kernel::Running>,
+    names: Option<vici::Running>,
     exporter: Arc<Exporter>,
     stop: Stopper,
     ended: watch::Receiver<Option<Ended>>,
@@ -105,7 +117,7 @@ impl Stopper {
 /// See [`StartError`]; in particular every problem of the SA files.
 pub fn start(parts: Parts, options: Options) -> Result<Running, StartError> {
     let mut control = Control::new(parts);
-    if !control.sa_files.is_empty() {
+    if !control.sa_files.is_empty() || options.ike.is_some() {
         let first = control.reload();
         if !first.ok {
             return Err(StartError::Refused(first.problems.clone()));
@@ -119,6 +131,9 @@ pub fn start(parts: Parts, options: Options) -> Result<Running, StartError> {
 /// # Errors
 /// See [`StartError`].
 pub fn start_loaded(control: Control, options: Options) -> Result<Running, StartError> {
+    if let Some((program, _)) = control.hook() {
+        hook::check(&program).map_err(|e| StartError::Refused(vec![e]))?;
+    }
     let http = match options.metrics {
         Some(addr) => {
             Some(http::bind(addr).map_err(|source| StartError::Metrics { addr, source })?)
@@ -127,6 +142,13 @@ pub fn start_loaded(control: Control, options: Options) -> Result<Running, Start
     };
     let metrics = http.as_ref().and_then(|l| l.local_addr().ok());
     let api = options.api.as_ref().map(api::Listener::bind).transpose()?;
+    let mut control = control;
+    let plan = control.take_kernel_plan()?;
+    let handle = control.kernel.clone();
+    let mirror = match &options.ike {
+        Some(settings) => Some(xfrm::Mirror::open(settings.clone()).map_err(StartError::Xfrm)?),
+        None => None,
+    };
     let control = Arc::new(Mutex::new(control));
     let exporter =
         Exporter::new(Arc::clone(&control)).map_err(|e| StartError::Declared(e.to_string()))?;
@@ -135,6 +157,8 @@ pub fn start_loaded(control: Control, options: Options) -> Result<Running, Start
     let stop = Stopper(tx);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        .thread_name("files")
+        .max_blocking_threads(1)
         .build()?;
     let work = Work {
         control: Arc::clone(&control),
@@ -145,10 +169,20 @@ pub fn start_loaded(control: Control, options: Options) -> Result<Running, Start
     let thread = std::thread::Builder::new()
         .name("control".into())
         .spawn(move || {
-            runtime.block_on(work.run(http, api));
+            runtime.block_on(work.run(http, api, mirror));
+            // Who reads files from a disk that hangs is not waited for.
+            runtime.shutdown_background();
         })?;
+    let kernel = match (plan, handle) {
+        (Some(plan), Some(handle)) => {
+            Some(kernel::Running::start(plan, &handle, Arc::clone(&control))?)
+        }
+        _ => None,
+    };
     Ok(Running {
         control,
+        kernel,
+        names: None,
         exporter,
         stop,
         ended,
@@ -158,6 +192,16 @@ pub fn start_loaded(control: Control, options: Options) -> Result<Running, Start
 }
 
 impl Running {
+    /// Asks an IKE daemon for the names of its tunnels, on a thread with the rights of the one that calls.
+    ///
+    /// # Errors
+    /// The system refused a thread or a runtime. Without a daemon it goes on trying.
+    pub fn follow_names(&mut self, settings: vici::Settings) -> std::io::Result<()> {
+        let running = vici::Running::start(settings, Arc::clone(&self.control))?;
+        self.names = Some(running);
+        Ok(())
+    }
+
     /// Address on which metrics are served.
     pub fn metrics_addr(&self) -> Option<SocketAddr> {
         self.metrics
@@ -206,6 +250,9 @@ impl Running {
             // A panic was reported by the panic hook; the state is still there.
             let _ = t.join();
         }
+        // Their threads hold the state, too.
+        drop(self.kernel);
+        drop(self.names);
         drop(self.exporter);
         let mutex = Arc::try_unwrap(self.control).ok()?;
         Some(mutex.into_inner().unwrap_or_else(PoisonError::into_inner))
@@ -220,7 +267,12 @@ struct Work {
 }
 
 impl Work {
-    async fn run(self, http: Option<std::net::TcpListener>, api: Option<api::Listener>) {
+    async fn run(
+        self,
+        http: Option<std::net::TcpListener>,
+        api: Option<api::Listener>,
+        mirror: Option<xfrm::Mirror>,
+    ) {
         let mut ended = self.stop.0.subscribe();
         let work = async {
             tokio::join!(
@@ -228,7 +280,8 @@ impl Work {
                 self.files(),
                 self.signals(),
                 self.http(http),
-                self.api(api.as_ref())
+                self.api(api.as_ref()),
+                self.mirror(mirror)
             );
         };
         tokio::select! {
@@ -254,11 +307,14 @@ impl Work {
         }
         loop {
             tick.tick().await;
-            let problem = {
+            let (problem, calls) = {
                 let mut control = lock(&self.control);
                 control.tick();
-                control.problem()
+                (control.problem(), control.take_hook_calls())
             };
+            for call in calls {
+                self.hook(call);
+            }
             match (problem, watchdog) {
                 // A stuck worker starves the watchdog, so that the service manager restarts the gateway.
                 (None, Some(w)) if told.elapsed() >= w / 3 => {
@@ -272,6 +328,18 @@ impl Work {
                 _ => {}
             }
         }
+    }
+
+    /// Runs the program that fetches successors, beside everything else. It is killed when the runtime ends.
+    fn hook(&self, call: hook::Call) {
+        let control = Arc::clone(&self.control);
+        let Some((program, limit)) = lock(&control).hook() else {
+            return;
+        };
+        tokio::spawn(async move {
+            let outcome = hook::run(&program, &call, limit).await;
+            lock(&control).hook_ended(&call, &outcome);
+        });
     }
 
     async fn files(&self) {
@@ -295,7 +363,7 @@ impl Work {
                 return;
             }
             tracing::info!("SA files changed");
-            lock(&self.control).reload();
+            reload(&self.control).await;
         }
     }
 
@@ -318,9 +386,17 @@ impl Work {
                 _ = int.recv() => self.stop.end(Ended::Signal),
                 _ = hup.recv() => {
                     tracing::info!("SIGHUP");
-                    lock(&self.control).reload();
+                    let control = Arc::clone(&self.control);
+                    // Meanwhile other signals are heard.
+                    tokio::spawn(async move { reload(&control).await });
                 }
             }
+        }
+    }
+
+    async fn mirror(&self, mirror: Option<xfrm::Mirror>) {
+        if let Some(mirror) = mirror {
+            mirror.run(Arc::clone(&self.control)).await;
         }
     }
 

@@ -1,5 +1,6 @@
 //! Carries out commands.
 
+use sa_store::file::MIRROR_PREFIX;
 use sa_store::runtime::TunnelIdx;
 use sa_store::sa::Direction;
 use serde::Serialize;
@@ -9,6 +10,8 @@ use super::Command;
 use super::report::{PolicyInfo, SaInfo, Stats};
 use crate::core::Control;
 use crate::explain::State;
+use crate::kernel::{NeighbourInfo, Routes};
+use crate::xfrm::MirrorReport;
 
 pub(super) fn answer(c: &mut Control, command: Command) -> Result<Value, String> {
     match command {
@@ -19,18 +22,23 @@ pub(super) fn answer(c: &mut Control, command: Command) -> Result<Value, String>
         }
         Command::PolicyList => value(&policies(c)),
         Command::Stats => value(&Stats::of(c)),
-        Command::Reload => {
-            let outcome = c.reload().clone();
-            value(&outcome)
-        }
         Command::Status => value(&json!({
             "ready": c.is_ready(),
             "problem": c.problem(),
             "last_reload": c.last_reload(),
         })),
         Command::Events { after } => value(&c.events.since(after).collect::<Vec<_>>()),
+        Command::Follow { .. } | Command::Reload => {
+            Err("this is answered by the connection".into())
+        }
         Command::Ports => value(&c.plane.ports()),
         Command::Engines => value(&c.plane.engines()),
+        Command::Routes(query) => value(&Routes::of(c, &query)),
+        Command::Neighbours(query) => value(&NeighbourInfo::of(c, &query)),
+        Command::Ike => value(&MirrorReport {
+            names: c.names.as_ref().map(|n| n.lock().report().clone()),
+            ..c.mirror_state.clone()
+        }),
         Command::CaptureStart(request) => {
             c.plane.capture_start(&request)?;
             c.events
@@ -59,6 +67,8 @@ pub(super) fn answer(c: &mut Control, command: Command) -> Result<Value, String>
                         .get(usize::from(p))
                         .map_or_else(|| p.to_string(), |p| p.name.clone())
                 },
+                route: &|vrf, dst| crate::kernel::origin(c, vrf, dst),
+                rekey_state: &|t| c.rekeys.view(t),
                 now: c.plane.now(),
             };
             value(&state.explain(&query))
@@ -88,16 +98,20 @@ fn sa_list(c: &Control, tunnel: Option<&str>) -> Result<Vec<SaInfo>, String> {
 fn sa_infos(c: &Control) -> impl Iterator<Item = SaInfo> + use<> {
     let snapshot = c.store.current();
     let now = c.plane.now();
+    let names = c.names.as_ref().map(|n| n.lock());
     let list: Vec<SaInfo> = snapshot
         .sas
         .iter()
         .flatten()
         .map(|e| {
-            SaInfo::of(
-                e,
-                snapshot.tunnels.at(e.fixed.tunnel.0).out == e.fixed.id.index,
-                now,
-            )
+            let sending = snapshot.tunnels.at(e.fixed.tunnel.0).out == e.fixed.id.index;
+            let mirrored = e.spec.name.starts_with(MIRROR_PREFIX);
+            let names = names.as_ref().filter(|_| mirrored);
+            let label = names.and_then(|n| n.of_sa(e.spec.dst, e.spec.spi.value()));
+            SaInfo {
+                names: label.into(),
+                ..SaInfo::of(e, sending, now, c.rekeys.view(e.fixed.tunnel).state)
+            }
         })
         .collect();
     list.into_iter()

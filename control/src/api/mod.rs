@@ -18,12 +18,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 pub use report::{
-    ConsumedCount, DropCount, PolicyInfo, SaInfo, Stats, TunnelInfo, WorkerInfo, action_name,
+    ConsumedCount, DropCount, IkeNames, Left, PolicyInfo, PuntCount, SaInfo, Stats, TunnelInfo,
+    WorkerInfo, action_name,
 };
 pub use server::{ApiConfig, ApiError, Listener, serve};
 
 use crate::core::Control;
 use crate::explain::Query;
+use crate::kernel::{NeighbourQuery, RouteQuery};
 use crate::plane::CaptureRequest;
 
 /// Version of the protocol.
@@ -58,10 +60,22 @@ pub enum Command {
         #[serde(default)]
         after: u64,
     },
+    /// Events as they happen: this connection becomes a stream of [`Batch`](crate::events::Batch)es, one a line.
+    Follow {
+        /// Number of the last event that the caller has seen. From now on, with the states that hold, when not given.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        since: Option<u64>,
+    },
     /// Ports with their counters.
     Ports,
     /// Look-aside engines, and how far they are trusted.
     Engines,
+    /// Routes, and where they come from.
+    Routes(RouteQuery),
+    /// Neighbours with their link addresses.
+    Neighbours(NeighbourQuery),
+    /// How the mirror of an IKE daemon's SAs is doing.
+    Ike,
     /// Start a capture.
     CaptureStart(CaptureRequest),
     /// End a capture.

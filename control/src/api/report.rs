@@ -1,14 +1,16 @@
 //! What answers consist of.
 
 use sa_store::drops::{Consumed, DropReason};
+use sa_store::ledger::Punt;
 use sa_store::policy::{Action, Policy, Ports, Selector};
-use sa_store::runtime::{SaEntry, event};
+use sa_store::runtime::{Gauge, Gauges, SaEntry, TunnelIdx, event};
 use sa_store::sa::{Direction, Mode};
 use sa_store::store::Totals;
 use serde::{Deserialize, Serialize};
 
 use crate::core::Control;
 use crate::plane::PortReport;
+use crate::vici::Label;
 
 /// An SA, without its keys.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,11 +73,81 @@ pub struct SaInfo {
     pub lost: u64,
     /// Sticky events.
     pub events: Vec<String>,
+    /// State of its tunnel's rekey: `steady`, `expired`, `overdue`, `workers`, `peer`, `switched`, `overlap`.
+    #[serde(default)]
+    pub rekey: String,
+    /// What is left until a successor is wanted.
+    #[serde(default)]
+    pub until_soft: Left,
+    /// What is left until the SA ends.
+    #[serde(default)]
+    pub until_hard: Left,
+    /// Its names in the IKE daemon's configuration, where they are known.
+    #[serde(flatten)]
+    pub names: IkeNames,
+}
+
+/// Names in the IKE daemon's configuration.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IkeNames {
+    /// Connection.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub ike: Option<String>,
+    /// Child SA.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub child: Option<String>,
+}
+
+impl From<Option<&Label>> for IkeNames {
+    fn from(label: Option<&Label>) -> Self {
+        Self {
+            ike: label.map(|l| l.ike.clone()),
+            child: label.map(|l| l.child.clone()),
+        }
+    }
+}
+
+impl std::fmt::Display for IkeNames {
+    /// "connection/child", or nothing.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match (&self.ike, &self.child) {
+            (Some(ike), Some(child)) => write!(f, "{ike}/{child}"),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What is left until a limit; absent where there is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Left {
+    /// Packets, by the limit or the sequence space, whichever ends first.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub packets: Option<u64>,
+    /// Bytes.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub bytes: Option<u64>,
+    /// Seconds.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub seconds: Option<u64>,
+}
+
+impl Left {
+    fn of(g: &Gauges, limit: fn(&Gauge) -> u64) -> Self {
+        let left = |g: &Gauge| (limit(g) != u64::MAX).then(|| limit(g).saturating_sub(g.used));
+        // Nobody lives to see the end of 64-bit numbers.
+        let numbers = left(&g.sequence).filter(|n| *n <= u64::from(u32::MAX));
+        Self {
+            packets: left(&g.packets).into_iter().chain(numbers).min(),
+            bytes: left(&g.bytes),
+            seconds: left(&g.time).map(|ns| ns / 1_000_000_000),
+        }
+    }
 }
 
 impl SaInfo {
     /// Of a running SA. `sending`: it is the one on which its tunnel sends.
-    pub(super) fn of(e: &SaEntry, sending: bool, now: u64) -> Self {
+    pub(super) fn of(e: &SaEntry, sending: bool, now: u64, rekey: &str) -> Self {
+        let gauges = e.gauges(now);
         let t = Totals::of(e);
         let s = &e.spec;
         let out = s.direction == Direction::Out;
@@ -124,6 +196,10 @@ impl SaInfo {
             engine: t.engine,
             lost: t.lost,
             events: event::names(e.events()).map(Into::into).collect(),
+            rekey: rekey.into(),
+            until_soft: Left::of(&gauges, |g| g.soft),
+            until_hard: Left::of(&gauges, |g| g.hard),
+            names: IkeNames::default(),
         }
     }
 }
@@ -188,6 +264,9 @@ pub struct TunnelInfo {
     pub lost: u64,
     /// Rekeys.
     pub rekeys: u64,
+    /// Its names in the IKE daemon's configuration, where they are known.
+    #[serde(flatten)]
+    pub names: IkeNames,
 }
 
 /// A worker.
@@ -211,6 +290,14 @@ pub struct WorkerInfo {
     pub handed_out: u64,
     /// Frames dropped.
     pub dropped: u64,
+    /// Packets of its SAs that other workers ciphered.
+    pub shared: u64,
+    /// Packets of other workers' SAs that it ciphered.
+    pub assisted: u64,
+    /// Packets of shared SAs that wait for those before them, now.
+    pub shared_waiting: u64,
+    /// Times that they were found to.
+    pub held_up: u64,
     /// Busy poll rounds.
     pub busy_polls: u64,
     /// Idle poll rounds.
@@ -237,6 +324,17 @@ pub struct ConsumedCount {
     pub frames: u64,
 }
 
+/// What the exception path gave to the kernel for one class of frames, all workers together.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PuntCount {
+    /// Class.
+    pub class: String,
+    /// Frames that the kernel has.
+    pub given: u64,
+    /// Frames turned away: above the rate, or the kernel did not keep up.
+    pub turned_away: u64,
+}
+
 /// The gateway at a glance.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Stats {
@@ -256,6 +354,8 @@ pub struct Stats {
     pub drops: Vec<DropCount>,
     /// Kinds of consumption that occurred.
     pub consumed: Vec<ConsumedCount>,
+    /// Classes of the exception path that occurred.
+    pub punts: Vec<PuntCount>,
 }
 
 impl Stats {
@@ -263,6 +363,7 @@ impl Stats {
     pub fn of(c: &Control) -> Self {
         let snapshot = c.store.current();
         let workers = c.plane.workers();
+        let names = c.names.as_ref().map(|n| n.lock());
         let drops = DropReason::ALL.iter().map(|r| DropCount {
             reason: r.name().into(),
             frames: workers
@@ -276,6 +377,14 @@ impl Stats {
                 .iter()
                 .map(|w| w.counters.consumed[*k as usize].value())
                 .sum(),
+        });
+        let punts = Punt::ALL.iter().map(|class| {
+            let n = *class as usize;
+            PuntCount {
+                class: class.name().into(),
+                given: workers.iter().map(|w| w.counters.punted[n].value()).sum(),
+                turned_away: workers.iter().map(|w| w.counters.unpunted[n].value()).sum(),
+            }
         });
         Self {
             clock: c.plane.now(),
@@ -292,10 +401,16 @@ impl Stats {
                 .tunnels()
                 .iter()
                 .zip(c.store.totals())
-                .map(|(t, (o, i))| tunnel_info(&t.name, t.rekeys, &o, &i))
+                .zip(0..)
+                .filter(|((t, _), _)| !t.name.is_empty())
+                .map(|((t, totals), idx)| {
+                    let label = names.as_ref().and_then(|n| n.of_tunnel(TunnelIdx(idx)));
+                    tunnel_info(&t.name, t.rekeys, &totals, label)
+                })
                 .collect(),
             drops: drops.filter(|d| d.frames > 0).collect(),
             consumed: consumed.filter(|c| c.frames > 0).collect(),
+            punts: punts.filter(|p| p.given + p.turned_away > 0).collect(),
         }
     }
 }
@@ -315,10 +430,19 @@ fn worker_info(worker: usize, w: &crate::plane::WorkerView) -> WorkerInfo {
         busy_polls: c.busy_polls.value(),
         idle_polls: c.idle_polls.value(),
         sleeps: c.sleeps.value(),
+        shared: c.parallel.returned.value(),
+        assisted: c.parallel.assisted.value(),
+        shared_waiting: c.parallel.waiting.value(),
+        held_up: c.parallel.held_up.value(),
     }
 }
 
-fn tunnel_info(name: &str, rekeys: u64, out: &Totals, inbound: &Totals) -> TunnelInfo {
+fn tunnel_info(
+    name: &str,
+    rekeys: u64,
+    (out, inbound): &(Totals, Totals),
+    names: Option<&Label>,
+) -> TunnelInfo {
     let errors =
         |t: &Totals| t.icv_failed + t.replays + t.malformed + t.selector + t.limit + t.engine;
     TunnelInfo {
@@ -330,6 +454,7 @@ fn tunnel_info(name: &str, rekeys: u64, out: &Totals, inbound: &Totals) -> Tunne
         errors: errors(out) + errors(inbound),
         lost: inbound.lost,
         rekeys,
+        names: names.into(),
     }
 }
 

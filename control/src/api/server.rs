@@ -2,21 +2,28 @@
 
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::sys::stat::{Mode, umask};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 
-use super::answer_line;
+use super::{Command, answer_line, parse};
 use crate::core::Control;
+use crate::events::Batch;
+use crate::reload::reload;
 
 /// Longest request, bytes.
 const MAX_LINE: u64 = 64 * 1024;
 /// Connections at a time.
 const MAX_CONNECTIONS: usize = 16;
+/// Followers of events at a time: others must still find a connection.
+const MAX_FOLLOWERS: usize = 8;
+/// Events in one line of a stream.
+const BATCH: usize = 256;
 /// A client that says nothing, or takes no answer, for this long is let go.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -123,6 +130,7 @@ pub async fn serve(listener: &Listener, control: Arc<Mutex<Control>>) -> Result<
     let socket =
         UnixListener::from_std(listener.listener.try_clone().map_err(system)?).map_err(system)?;
     let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let followers = Arc::new(Semaphore::new(MAX_FOLLOWERS));
     loop {
         // A closed semaphore cannot be: it lives here.
         let Ok(permit) = Arc::clone(&room).acquire_owned().await else {
@@ -131,8 +139,9 @@ pub async fn serve(listener: &Listener, control: Arc<Mutex<Control>>) -> Result<
         match socket.accept().await {
             Ok((stream, _)) => {
                 let control = Arc::clone(&control);
+                let followers = Arc::clone(&followers);
                 tokio::spawn(async move {
-                    if let Err(e) = converse(stream, &control).await {
+                    if let Err(e) = converse(stream, &control, &followers).await {
                         tracing::debug!(error = %e, "API connection ended");
                     }
                     drop(permit);
@@ -146,7 +155,11 @@ pub async fn serve(listener: &Listener, control: Arc<Mutex<Control>>) -> Result<
     }
 }
 
-async fn converse(stream: UnixStream, control: &Arc<Mutex<Control>>) -> std::io::Result<()> {
+async fn converse(
+    stream: UnixStream,
+    control: &Arc<Mutex<Control>>,
+    followers: &Semaphore,
+) -> std::io::Result<()> {
     let (read, mut write) = stream.into_split();
     let mut reader = BufReader::new(read);
     loop {
@@ -157,15 +170,85 @@ async fn converse(stream: UnixStream, control: &Arc<Mutex<Control>>) -> std::io:
             return Ok(());
         }
         let whole = line.ends_with(b"\n") || (n as u64) < MAX_LINE;
-        let answer = if whole {
+        if whole && let Ok(Command::Follow { since }) = parse(&line) {
+            match followers.try_acquire() {
+                Ok(_permit) => return follow(&mut reader, &mut write, control, since).await,
+                Err(_) => {
+                    let answer = serde_json::json!({ "v": super::VERSION, "ok": false, "error": format!("{MAX_FOLLOWERS} clients follow events already") });
+                    return send(&mut write, &format!("{answer}\n")).await;
+                }
+            }
+        }
+        let answer = if whole && matches!(parse(&line), Ok(Command::Reload)) {
+            let outcome = reload(control).await;
+            serde_json::json!({ "v": super::VERSION, "ok": true, "data": outcome })
+        } else if whole {
             answer_line(&line, control)
         } else {
             serde_json::json!({ "v": super::VERSION, "ok": false, "error": format!("a request has at most {MAX_LINE} bytes") })
         };
-        let text = format!("{answer}\n");
-        tokio::time::timeout(PATIENCE, write.write_all(text.as_bytes())).await??;
+        send(&mut write, &format!("{answer}\n")).await?;
         if !whole {
             return Ok(());
         }
     }
+}
+
+async fn send(write: &mut OwnedWriteHalf, text: &str) -> std::io::Result<()> {
+    tokio::time::timeout(PATIENCE, write.write_all(text.as_bytes())).await??;
+    Ok(())
+}
+
+/// Tells events until the client goes. What it does not take in time stays in the ring of events, and what falls out
+/// of that is counted for it.
+async fn follow(
+    reader: &mut BufReader<OwnedReadHalf>,
+    write: &mut OwnedWriteHalf,
+    control: &Arc<Mutex<Control>>,
+    mut since: Option<u64>,
+) -> std::io::Result<()> {
+    let (mut news, first) = {
+        let control = control.lock().unwrap_or_else(PoisonError::into_inner);
+        (
+            control.events.subscribe(),
+            control.events.batch(since, BATCH),
+        )
+    };
+    let mut batch = Some(first);
+    loop {
+        if let Some(b) = batch.take() {
+            since = Some(b.last);
+            send(write, &line_of(&b)).await?;
+        }
+        let next = control
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .events
+            .batch(since, BATCH);
+        if next.missed > 0 || !next.events.is_empty() {
+            batch = Some(next);
+            continue;
+        }
+        let mut closed = [0];
+        tokio::select! {
+            changed = news.changed() => {
+                if changed.is_err() {
+                    return Ok(());
+                }
+            }
+            // Nothing more is said on this connection; its end is the client's.
+            n = reader.read(&mut closed) => {
+                if n? == 0 {
+                    return Ok(());
+                }
+            }
+        }
+    }
+}
+
+fn line_of(batch: &Batch) -> String {
+    format!(
+        "{}\n",
+        serde_json::json!({ "v": super::VERSION, "ok": true, "data": batch })
+    )
 }

@@ -1,11 +1,12 @@
 //! Reads everything that is exposed.
 
 use std::collections::BTreeMap;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use prometheus::proto::MetricFamily;
 use sa_store::counters::Counter;
 use sa_store::drops::{Consumed, DropReason};
-use sa_store::ledger::{Generated, WorkerCounters};
+use sa_store::ledger::{Generated, Punt, WorkerCounters};
 use sa_store::runtime::{SaEntry, TunnelIdx};
 use sa_store::sa::Direction;
 use sa_store::snapshot::{NO_SA, Snapshot};
@@ -15,7 +16,11 @@ use sa_store::store::Totals;
 use super::families::Families;
 use super::table::*;
 use crate::core::Control;
+use crate::kernel::KernelStatus;
 use crate::plane::{EngineReport, PortReport};
+use crate::rekey::drive::OUTCOMES;
+use crate::rekey::terms::STATES as STATES_OF_REKEYS;
+use crate::xfrm::MirrorReport;
 
 pub(super) fn all(c: &Control) -> Vec<MetricFamily> {
     let mut f = Families::default();
@@ -30,6 +35,8 @@ pub(super) fn all(c: &Control) -> Vec<MetricFamily> {
     for e in c.plane.engines() {
         engine(&e, &mut f);
     }
+    ike(&c.mirror_state, &mut f);
+    names(c, &mut f);
     tunnels(c, &snapshot, &mut f);
     sas(c, &snapshot, &mut f);
     policies(c, &snapshot, &mut f);
@@ -42,6 +49,33 @@ pub(super) fn all(c: &Control) -> Vec<MetricFamily> {
         }
     }
     f.finish()
+}
+
+fn ike(m: &MirrorReport, f: &mut Families) {
+    f.add(&IKE_SAS, &[], m.sas as u64);
+    f.add(&IKE_POLICIES, &[], m.policies as u64);
+    f.add(&IKE_LEFT, &[], m.left.len() as u64);
+    f.add(&IKE_RESYNCS, &[], m.resyncs);
+    f.add(&IKE_KERNEL_SENT, &[], m.kernel_sent);
+    f.add(&IKE_REKEYS_ASKED, &[], m.rekeys_asked);
+    f.add(&IKE_ACQUIRES, &[], m.acquires);
+}
+
+fn names(c: &Control, f: &mut Families) {
+    let Some(names) = &c.names else { return };
+    let names = names.lock();
+    let report = names.report();
+    f.add(&IKE_VICI, &[], u64::from(report.connected));
+    f.add(&IKE_VICI_FAILURES, &[], report.failures);
+    f.add(&IKE_UNNAMED, &[], report.unnamed as u64);
+    for (i, tunnel) in c.store.tunnels().iter().enumerate() {
+        let idx = TunnelIdx(u32::try_from(i).unwrap_or(u32::MAX));
+        if !tunnel.name.is_empty()
+            && let Some(label) = names.of_tunnel(idx)
+        {
+            f.add(&TUNNEL_IKE, &[&tunnel.name, &label.ike, &label.child], 1);
+        }
+    }
 }
 
 fn gateway(c: &Control, snapshot: &Snapshot, f: &mut Families) {
@@ -57,6 +91,18 @@ fn gateway(c: &Control, snapshot: &Snapshot, f: &mut Families) {
     for (event, n) in c.events.counts() {
         f.add(&SA_EVENTS, &[event], n);
     }
+    f.add(&ROUTES, &[], snapshot.fib.routes().len() as u64);
+    if let Some(k) = c.kernel_status() {
+        kernel(&k, f);
+    }
+    let holding = c.events.holding();
+    for (event, n) in c.events.totals() {
+        f.add(&EVENTS, &[event], n);
+        f.add(&STATES, &[event], holding.get(event).copied().unwrap_or(0));
+    }
+    for (result, n) in OUTCOMES.iter().zip(c.rekeys.attempts) {
+        f.add(&REKEY_ATTEMPTS, &[result], n);
+    }
     f.add(&RELOADS, &["refused"], c.reloads[0]);
     f.add(&RELOADS, &["loaded"], c.reloads[1]);
     let last = c.last_reload.as_ref();
@@ -66,22 +112,58 @@ fn gateway(c: &Control, snapshot: &Snapshot, f: &mut Families) {
     f.add_f64(&RELOAD_TOOK, &[], last.map_or(0, |r| r.millis) as f64 / 1e3);
 }
 
+fn kernel(k: &KernelStatus, f: &mut Families) {
+    let failed = k.requests_failed.min(k.requests);
+    for (metric, labels, value) in [
+        (&KERNEL_SYNCED, &[][..], u64::from(k.synced)),
+        (&KERNEL_ROUTES, &[], k.routes),
+        (&KERNEL_REFUSED, &[], k.refused),
+        (&KERNEL_NEIGHBOURS, &[], k.neighbours),
+        (&KERNEL_SYNC_TIME, &[], k.last_sync),
+        (&KERNEL_RESYNCS, &[], k.resyncs),
+        (&KERNEL_OVERRUNS, &[], k.overruns),
+        (&KERNEL_STRANGE, &[], k.not_understood),
+        (&KERNEL_PUBLISHED, &[], k.publications),
+        (&KERNEL_REQUESTS, &["made"], k.requests - failed),
+        (&KERNEL_REQUESTS, &["failed"], failed),
+    ] {
+        f.add(metric, labels, value);
+    }
+    f.add_f64(&KERNEL_SYNC_TOOK, &[], k.last_sync_millis as f64 / 1e3);
+    f.add_f64(
+        &KERNEL_PUBLISH_TOOK,
+        &[],
+        k.last_publish_micros as f64 / 1e6,
+    );
+}
+
 fn worker(id: &str, w: &WorkerCounters, f: &mut Families) {
-    let plain: [(&Metric, &Counter); 11] = [
+    let shared = &w.parallel;
+    f.add(&SHARED_GIVEN, &[id, "helper"], shared.given.value());
+    f.add(&SHARED_GIVEN, &[id, "owner"], shared.kept.value());
+    let plain: [(&Metric, &Counter); 15] = [
         (&RECEIVED, &w.received),
         (&SENT, &w.sent),
         (&HANDED_IN, &w.handed_in),
         (&HANDED_OUT, &w.handed_out),
-        (&PUNTED, &w.punted),
         (&ENCRYPTED, &w.encrypted),
         (&DECRYPTED, &w.decrypted),
         (&BYPASSED, &w.bypassed),
         (&WAITING, &w.waiting),
         (&IN_FLIGHT, &w.in_flight),
+        (&SHARED_RETURNED, &shared.returned),
+        (&SHARED_WAITING, &shared.waiting),
+        (&SHARED_HELD_UP, &shared.held_up),
+        (&SHARED_REFUSED, &shared.refused),
+        (&ASSISTED, &shared.assisted),
         (&SLEEPS, &w.sleeps),
     ];
     for (metric, counter) in plain {
         f.add(metric, &[id], counter.value());
+    }
+    for ((class, punted), unpunted) in Punt::ALL.iter().zip(&w.punted).zip(&w.unpunted) {
+        f.add(&PUNTED, &[id, class.name()], punted.value());
+        f.add(&UNPUNTED, &[id, class.name()], unpunted.value());
     }
     for (kind, n) in Generated::ALL.iter().zip(&w.generated) {
         f.add(&GENERATED, &[id, kind.name()], n.value());
@@ -181,11 +263,22 @@ fn errors(t: &Totals) -> [(&'static str, u64); 6] {
 
 fn tunnels(c: &Control, snapshot: &Snapshot, f: &mut Families) {
     let tunnels = c.store.tunnels();
-    for (i, (tunnel, (out, inbound))) in tunnels.iter().zip(c.store.totals()).enumerate() {
+    let mut states = STATES_OF_REKEYS.map(|s| (s, 0_u64));
+    let all = tunnels.iter().zip(c.store.totals()).enumerate();
+    for (i, (tunnel, (out, inbound))) in all.filter(|(_, (t, _))| !t.name.is_empty()) {
         let idx = u32::try_from(i).unwrap_or(u32::MAX);
         let up = snapshot.tunnels.at(TunnelIdx(idx).0).out != NO_SA;
         f.add(&TUNNEL_UP, &[&tunnel.name], u64::from(up));
         f.add(&TUNNEL_REKEYS, &[&tunnel.name], tunnel.rekeys);
+        let since_1970 = |t: SystemTime| t.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let last = tunnel.last_rekey.map_or(0, |t| since_1970(t).as_secs());
+        f.add(&TUNNEL_LAST_REKEY, &[&tunnel.name], last);
+        let overdue = c.rekeys.machine.is_overdue(TunnelIdx(idx));
+        f.add(&TUNNEL_OVERDUE, &[&tunnel.name], u64::from(overdue));
+        let state = c.rekeys.machine.view(TunnelIdx(idx)).state;
+        if let Some((_, n)) = states.iter_mut().find(|(s, _)| *s == state) {
+            *n += 1;
+        }
         f.add(&TUNNEL_LOST, &[&tunnel.name], inbound.lost);
         for (direction, t) in [("out", &out), ("in", &inbound)] {
             f.add(&TUNNEL_PACKETS, &[&tunnel.name, direction], t.packets);
@@ -194,6 +287,9 @@ fn tunnels(c: &Control, snapshot: &Snapshot, f: &mut Families) {
                 f.add(&TUNNEL_ERRORS, &[&tunnel.name, direction, kind], n);
             }
         }
+    }
+    for (state, n) in states {
+        f.add(&TUNNEL_REKEY_STATE, &[state], n);
     }
 }
 

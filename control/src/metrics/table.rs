@@ -34,16 +34,23 @@ metrics! {
     SENT: COUNTER "esplanade_worker_sent_frames_total" ["worker"] "Frames accepted by ports.";
     HANDED_IN: COUNTER "esplanade_worker_handed_in_frames_total" ["worker"] "Frames that other workers handed to this one because it owns their SA.";
     HANDED_OUT: COUNTER "esplanade_worker_handed_out_frames_total" ["worker"] "Frames handed to the worker that owns their SA.";
-    PUNTED: COUNTER "esplanade_worker_punted_frames_total" ["worker"] "Frames given to the exception path.";
+    PUNTED: COUNTER "esplanade_worker_punted_frames_total" ["worker", "class"] "Frames given to the kernel by the exception path: ike, routing, neighbour, icmp, other.";
+    UNPUNTED: COUNTER "esplanade_worker_unpunted_frames_total" ["worker", "class"] "Frames meant for the kernel that were dropped (punt_limit, punt_full).";
     ENCRYPTED: COUNTER "esplanade_worker_encrypted_packets_total" ["worker"] "Packets encrypted and sent on.";
     DECRYPTED: COUNTER "esplanade_worker_decrypted_packets_total" ["worker"] "Packets decrypted and accepted.";
     BYPASSED: COUNTER "esplanade_worker_bypassed_packets_total" ["worker"] "Clear packets forwarded by a bypass policy.";
     GENERATED: COUNTER "esplanade_worker_generated_frames_total" ["worker", "kind"] "Frames that the gateway made itself.";
     CONSUMED: COUNTER "esplanade_worker_consumed_frames_total" ["worker", "kind"] "Frames that ended inside the gateway for a good reason.";
     DROPPED: COUNTER "esplanade_dropped_frames_total" ["worker", "reason"] "Frames dropped; deploy/drop-reasons.md explains each reason.";
-    WAITING: GAUGE "esplanade_worker_waiting_frames" ["worker"] "Frames held now: transmit backlog, reassembly.";
+    WAITING: GAUGE "esplanade_worker_waiting_frames" ["worker"] "Frames held now: transmit backlog, reassembly, waiting for a neighbour or for the kernel.";
     IN_FLIGHT: GAUGE "esplanade_worker_in_flight_frames" ["worker"] "Frames inside engines now.";
     POLLS: COUNTER "esplanade_worker_polls_total" ["worker", "result"] "Poll rounds that found work (busy) or none (idle).";
+    SHARED_GIVEN: COUNTER "esplanade_worker_shared_packets_total" ["worker", "by"] "Packets of shared SAs that the worker gave to helpers (helper) or ciphered itself (owner).";
+    SHARED_RETURNED: COUNTER "esplanade_worker_shared_returned_packets_total" ["worker"] "Packets that came back from helpers.";
+    SHARED_WAITING: GAUGE "esplanade_worker_shared_waiting_packets" ["worker"] "Packets of shared SAs that wait to be ciphered, or for those before them, now.";
+    SHARED_HELD_UP: COUNTER "esplanade_worker_shared_held_up_total" ["worker"] "Times that ciphered packets were found to wait for earlier ones that a helper still had.";
+    SHARED_REFUSED: COUNTER "esplanade_worker_shared_refused_packets_total" ["worker"] "Times that a packet of a shared SA found no room and was offered again.";
+    ASSISTED: COUNTER "esplanade_worker_assisted_packets_total" ["worker"] "Packets of other workers' SAs that the worker ciphered (crypto.parallel).";
     SLEEPS: COUNTER "esplanade_worker_sleeps_total" ["worker"] "Times that the worker went to sleep.";
     BURST: HISTOGRAM "esplanade_worker_burst_seconds" ["worker"] "Time from receiving a burst to having it sent.";
     FLOWS: COUNTER "esplanade_worker_flow_cache_lookups_total" ["worker", "result"] "Flow cache look-ups that were answered (hit) or needed the policies (miss).";
@@ -87,6 +94,22 @@ metrics! {
     TUNNEL_LOST: COUNTER "esplanade_tunnel_lost_packets_total" ["tunnel"] "Sequence numbers that never arrived, over all rekeys.";
     TUNNEL_REKEYS: COUNTER "esplanade_tunnel_rekeys_total" ["tunnel"] "Outbound SAs that replaced another.";
 
+    IKE_SAS: GAUGE "esplanade_ike_sas" [] "SAs of an IKE daemon that were taken from the kernel.";
+    IKE_POLICIES: GAUGE "esplanade_ike_policies" [] "Policies taken from the kernel.";
+    IKE_LEFT: GAUGE "esplanade_ike_left" [] "SAs and policies that stay with the kernel; `esplanade ike` says why.";
+    IKE_RESYNCS: COUNTER "esplanade_ike_resyncs_total" [] "Times that the kernel's SAs and policies were read anew.";
+    IKE_KERNEL_SENT: COUNTER "esplanade_ike_kernel_sent_total" [] "SAs with which the kernel has sent although they were the gateway's; must be 0.";
+    IKE_REKEYS_ASKED: COUNTER "esplanade_ike_rekeys_asked_total" [] "Rekeys asked of the daemon: soft limits met, and SAs that could not be taken.";
+    IKE_ACQUIRES: COUNTER "esplanade_ike_acquires_total" [] "Packets without an SA that the daemon was told of.";
+    IKE_VICI: GAUGE "esplanade_ike_vici_up" [] "1 while the IKE daemon tells the names of its tunnels; absent when it is not asked (ike.vici).";
+    IKE_VICI_FAILURES: COUNTER "esplanade_ike_vici_failures_total" [] "Times that the IKE daemon could not be asked for names, or stopped answering.";
+    IKE_UNNAMED: GAUGE "esplanade_ike_sas_unnamed" [] "SAs taken from the kernel of which the IKE daemon says nothing.";
+    TUNNEL_IKE: GAUGE "esplanade_tunnel_ike_info" ["tunnel", "ike", "child"] "Always 1; the tunnel's names in the IKE daemon's configuration: connection and child SA. One sample a tunnel.";
+    TUNNEL_LAST_REKEY: GAUGE "esplanade_tunnel_last_rekey_timestamp_seconds" ["tunnel"] "When an outbound SA last replaced another, seconds since 1970; 0 when none did.";
+    TUNNEL_OVERDUE: GAUGE "esplanade_tunnel_rekey_overdue" ["tunnel"] "1 while no successor has come although the hard limit is near.";
+    TUNNEL_REKEY_STATE: GAUGE "esplanade_tunnels_by_rekey_state" ["state"] "Tunnels of SA files by the state of their rekey.";
+    REKEY_ATTEMPTS: COUNTER "esplanade_rekey_hook_runs_total" ["result"] "Runs of the rekey hook: done, failed, killed at its time limit, not_started.";
+
     SAS: GAUGE "esplanade_sas" ["direction"] "SAs installed.";
     SAS_RETIRING: GAUGE "esplanade_sas_retiring" [] "SAs removed that some worker may still use.";
     SAS_SUITE: GAUGE "esplanade_sas_by_suite" ["suite", "provider"] "SAs by suite and crypto provider.";
@@ -98,6 +121,8 @@ metrics! {
     SA_LEASE: GAUGE "esplanade_sa_lease_remaining" ["sa", "tunnel", "direction", "spi"] "Sequence numbers that are on disk and not used yet.";
     SA_AGE: GAUGE "esplanade_sa_age_seconds" ["sa", "tunnel", "direction", "spi"] "Time since the SA was installed.";
     SA_EVENTS: COUNTER "esplanade_sa_events_total" ["event"] "Events of SAs: limits, sequence space, leases, forged packets.";
+    EVENTS: COUNTER "esplanade_events_total" ["event"] "Entries of the event stream by kind; only kinds that occurred.";
+    STATES: GAUGE "esplanade_states" ["event"] "States of the event stream that hold now, by kind; only kinds that occurred.";
 
     POLICIES: GAUGE "esplanade_policies" ["direction"] "Policies, the default discard not counted.";
     POLICY_HITS: COUNTER "esplanade_policy_hits_total" ["policy", "direction", "action"] "Packets that the policy decided about; up to a second late under load.";
@@ -105,6 +130,20 @@ metrics! {
     LEASES: GAUGE "esplanade_leases" [] "Sequence leases in use.";
     LEASES_FAILED: GAUGE "esplanade_leases_failed" [] "Leases that cannot be extended because the lease store failed.";
     EPOCH: GAUGE "esplanade_snapshot_epoch" [] "Number of the published snapshot.";
+
+    KERNEL_SYNCED: GAUGE "esplanade_kernel_synced" [] "1 once the kernel's tables were read; absent when nothing is mirrored.";
+    KERNEL_ROUTES: GAUGE "esplanade_kernel_routes" [] "Routes of the kernel, those of tables that are not used here included.";
+    KERNEL_REFUSED: GAUGE "esplanade_kernel_routes_refused" [] "Prefixes whose route cannot be carried out here: their packets are dropped.";
+    KERNEL_NEIGHBOURS: GAUGE "esplanade_kernel_neighbours" [] "Neighbours on ports that the kernel can reach.";
+    KERNEL_SYNC_TIME: GAUGE "esplanade_kernel_last_sync_timestamp_seconds" [] "When the kernel's tables were last read, seconds since 1970.";
+    KERNEL_SYNC_TOOK: GAUGE "esplanade_kernel_last_sync_duration_seconds" [] "How long that took.";
+    KERNEL_RESYNCS: COUNTER "esplanade_kernel_resyncs_total" [] "Times that the kernel's tables had to be read again because changes were missed.";
+    KERNEL_OVERRUNS: COUNTER "esplanade_kernel_overruns_total" [] "Times that the kernel's messages came faster than they were read.";
+    KERNEL_STRANGE: COUNTER "esplanade_kernel_messages_not_understood_total" [] "Messages of the kernel that were not understood.";
+    KERNEL_PUBLISHED: COUNTER "esplanade_kernel_publications_total" [] "Tables published because the kernel's had changed.";
+    KERNEL_PUBLISH_TOOK: GAUGE "esplanade_kernel_last_publication_duration_seconds" [] "How long the last of them took to build.";
+    KERNEL_REQUESTS: COUNTER "esplanade_kernel_neighbour_requests_total" ["result"] "Neighbours that the kernel was asked for.";
+    ROUTES: GAUGE "esplanade_routes" [] "Paths in the table that workers look up.";
 
     RELOAD_OK: GAUGE "esplanade_config_last_reload_successful" [] "1 when the SA files, as last read, are what runs.";
     RELOAD_TIME: GAUGE "esplanade_config_last_reload_timestamp_seconds" [] "When the SA files were last read, seconds since 1970.";

@@ -1,6 +1,5 @@
 //! A control thread with a data path of counters alone.
 
-use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,31 +9,17 @@ use control::plane::{
     CaptureReport, CaptureRequest, DataPlane, DeviceReport, EngineReport, PortReport,
     ProviderReport, QueueCounters, WorkerView,
 };
-use sa_store::cipher::{CipherError, CipherFactory, CipherJob, SaCipher};
-use sa_store::file::Config;
+use sa_store::cipher::{CipherError, CipherFactory, NoCipher, SaCipher};
 use sa_store::lease::{LeaseStore, LeaseWriter};
 use sa_store::ledger::WorkerCounters;
+use sa_store::policy::Policy;
 use sa_store::report::Report;
 use sa_store::sa::{Direction, SaKeys};
 use sa_store::spd::PolicyIdx;
 use sa_store::store::Store;
 use sa_store::suite::Suite;
 
-/// Keys are of no interest here: nothing is ciphered.
-struct NoCipher;
-
-impl SaCipher for NoCipher {
-    fn lane(&self) -> u16 {
-        0
-    }
-    fn prefetch(&self) {}
-    fn seal(&self, _: &mut [CipherJob<'_>]) {}
-    fn open(&self, _: &mut [CipherJob<'_>]) {}
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-}
-
+/// Nothing is ciphered, but keys must be as long as a provider wants them.
 struct NoCiphers;
 
 impl CipherFactory for NoCiphers {
@@ -137,7 +122,7 @@ impl DataPlane for Plane {
     fn frames(&self) -> (u64, u64) {
         (7, 8)
     }
-    fn published(&self, _: &Config) {
+    fn published(&self, _: &[&Policy]) {
         self.published.fetch_add(1, Ordering::Relaxed);
     }
     fn capture_start(&self, r: &CaptureRequest) -> Result<(), String> {
@@ -166,6 +151,12 @@ pub(crate) fn parts(plane: &Arc<Plane>, sa_files: Vec<PathBuf>) -> Parts {
         plane: Arc::clone(plane) as Arc<dyn DataPlane>,
         sa_files,
         metrics_max_sas: 2,
+        // Follows the kernel of the machine that the tests run on, and takes nothing over.
+        kernel: Some(control::kernel::Plan {
+            settings: control::kernel::Settings::default(),
+            sockets: control::kernel::Sockets::open(1 << 20).unwrap(),
+        }),
+        rekey: control::rekey::Config::immediate(),
     }
 }
 
