@@ -135,6 +135,21 @@ fn capture(packets: u16, ttl: u8) -> Vec<u8> {
 }
 
 #[test]
+fn a_reader_that_goes_away_ends_the_program_without_a_word() {
+    let site = Site::new();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let done = Command::new(env!("CARGO_BIN_EXE_esplanade"))
+        .args(["check", "--config"])
+        .arg(site.dir.path().join("gateway.toml"))
+        .stdout(writer)
+        .output()
+        .unwrap();
+    assert_eq!(text(&done.stderr), "");
+    assert_eq!(done.status.code(), Some(141));
+}
+
+#[test]
 fn an_offline_run_repeats_exactly_under_a_seed_and_differs_under_another() {
     let site = Site::new();
     let first = site.run("7");
@@ -210,6 +225,45 @@ fn check_tells_what_would_be_loaded_or_what_is_wrong() {
         "{}",
         text(&out.stderr)
     );
+}
+
+#[test]
+fn lifetimes_that_end_before_a_successor_may_send_are_refused_with_their_line() {
+    let site = Site::new();
+    let path = site.path("gateway.toml");
+    let config = std::fs::read_to_string(&path).unwrap();
+    let rekey =
+        "[rekey]\nswitch_delay_ms = 9000\njitter_percent = 20\n[leases]\npath = \"leases\"\n";
+    std::fs::write(&path, format!("{config}{rekey}")).unwrap();
+    for (limit, good) in [
+        ("soft = { time = 12 }", true),
+        ("soft = { time = 11 }", false),
+        ("hard = { time = 9 }", false),
+        ("soft = { packets = 1 }", true),
+    ] {
+        let sa = SA.replace(
+            "first_use = true\n",
+            &format!("first_use = true\n{limit}\n"),
+        );
+        private(&site.path("sa.toml"), &sa);
+        let out = esplanade(&["check", "--config", &site.arg("gateway.toml")]);
+        let said = text(&out.stderr);
+        assert_eq!(out.status.success(), good, "{limit}: {said}");
+        if !good {
+            assert_eq!(out.status.code(), Some(3));
+            assert!(said.contains("sa.toml:8:"), "{said}");
+            assert!(said.contains("rekey.switch_delay_ms is 9000"), "{said}");
+            // And so when it starts.
+            let out = esplanade(&[
+                "run",
+                "--exit-when-idle",
+                "--config",
+                path.to_str().unwrap(),
+            ]);
+            assert_eq!(out.status.code(), Some(3), "{}", text(&out.stderr));
+            assert!(text(&out.stderr).contains("sa.toml:8:"));
+        }
+    }
 }
 
 #[test]

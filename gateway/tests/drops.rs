@@ -5,7 +5,7 @@ mod common;
 use std::collections::BTreeSet;
 use std::sync::Mutex;
 
-use common::{Bed, GCM, Plan, bed, udp};
+use common::{Bed, GCM, Plan, bed, udp, with_byte};
 use gateway::crypto::Fixed;
 use gateway::crypto::rustcrypto::RustCrypto;
 use gateway::esp::reassembly::ReassemblyConfig;
@@ -35,18 +35,6 @@ fn on_wire(bed: &mut Bed, n: usize) -> Vec<Vec<u8>> {
     bed.send_left(&vec![packet(); n]);
     bed.settle();
     bed.wire[before..].to_vec()
-}
-
-/// Sets a header byte of an Ethernet + IPv4 frame and makes the header checksum right again.
-fn with_byte(mut frame: Vec<u8>, at: usize, value: u8) -> Vec<u8> {
-    frame[at] = value;
-    frame[24..26].fill(0);
-    let sum = etherparse::Ipv4HeaderSlice::from_slice(&frame[14..])
-        .unwrap()
-        .to_header()
-        .calc_header_checksum();
-    frame[24..26].copy_from_slice(&sum.to_be_bytes());
-    frame
 }
 
 /// An ESP packet with a right ICV around any body (payload, padding, pad length, next header).
@@ -98,6 +86,7 @@ fn every_reason_has_a_cause() {
     policy_and_routes();
     fragments();
     queues_and_memory();
+    exception_path();
     engines();
     shutdown();
     let seen = SEEN.lock().unwrap();
@@ -106,6 +95,56 @@ fn every_reason_has_a_cause() {
         .filter(|r| !seen.contains(r))
         .collect();
     assert!(missing.is_empty(), "not provoked: {missing:?}");
+}
+
+/// An echo request of the left host to its gateway.
+fn ping() -> Vec<u8> {
+    let mut out = Vec::new();
+    etherparse::PacketBuilder::ethernet2(common::MAC_HOST, [2, 0, 0, 0, 1, 1])
+        .ipv4([10, 1, 0, 1], [10, 1, 0, 254], 64)
+        .icmpv4_echo_request(1, 1)
+        .write(&mut out, &[0; 56])
+        .unwrap();
+    out
+}
+
+fn exception_path() {
+    let mut b = bed(&Plan {
+        taps: Some(64),
+        config: Box::new(|c, _| c.punt.rates[3] = 1),
+        ..Plan::default()
+    });
+    b.send_left(&vec![ping(); 20]);
+    b.settle();
+    // What may come at once, and what has grown meanwhile.
+    assert_eq!(b.kernel_got(0).len(), 16);
+    expect(&b, true, &[(PuntLimit, 4)]);
+
+    // A kernel that takes nothing.
+    let mut b = bed(&Plan {
+        taps: Some(2),
+        config: Box::new(|c, _| c.punt.rates[3] = 100_000),
+        ..Plan::default()
+    });
+    b.send_left(&vec![ping(); 300]);
+    b.settle_left();
+    b.settle_left();
+    b.settle_left();
+    let full = b.dropped(true);
+    assert!(matches!(full[..], [(PuntFull, n)] if n > 100), "{full:?}");
+    SEEN.lock().unwrap().insert(PuntFull);
+    while !b.kernel_got(0).is_empty() {
+        b.settle_left();
+    }
+    b.settle();
+
+    // Nobody sent what it quotes.
+    let mut b = bed(&Plan::default());
+    let mut wire = on_wire(&mut b, 1).remove(0);
+    wire[14 + 12] ^= 1;
+    b.inject_left(&[common::too_big(&wire, [192, 0, 2, 1], 1400)]);
+    b.settle();
+    expect(&b, true, &[(IcmpImplausible, 1)]);
 }
 
 fn malformed_frames() {
@@ -341,6 +380,7 @@ fn policy_and_routes() {
     let mut b = bed(&Plan::default());
     b.forget_left_peer();
     b.send_left(&[packet()]);
+    b.give_up_neighbours();
     b.settle();
     expect(&b, true, &[(NoNeighbour, 1)]);
     b.set_left_routes(&[]);

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::models::{self, Modelled};
-use common::{Bed, Plan, bed, payload_of, udp};
+use common::{Bed, Plan, bed, payload_of, udp, with_byte};
 use gateway::engine::{Desk, SoftwareEngine, WAITING};
 use pmd::engine::{Capabilities, EspEngine, EspJob, Refusal};
 use sa_store::drops::DropReason;
@@ -207,15 +207,9 @@ fn fragments_are_refused_in_packet_mode() {
         |_| {},
         1,
     );
-    let mut first = udp("10.1.0.1", "10.2.0.1", 64, &[1; 64]);
-    // More fragments, and the checksum that goes with it.
-    first[20] |= 0x20;
-    let sum = etherparse::Ipv4HeaderSlice::from_slice(&first[14..])
-        .unwrap()
-        .to_header()
-        .calc_header_checksum();
-    first[24..26].copy_from_slice(&sum.to_be_bytes());
-    r.bed.send_left(&[first]);
+    let whole = udp("10.1.0.1", "10.2.0.1", 64, &[1; 64]);
+    let more_fragments = whole[20] | 0x20;
+    r.bed.send_left(&[with_byte(whole, 20, more_fragments)]);
     assert!(r.bed.settle().1.is_empty());
     assert_eq!(r.bed.dropped(true), [(DropReason::EngineRefused, 1)]);
 }

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Bed, GCM, Plan, bed, payload_of, udp};
+use common::{Bed, GCM, Plan, bed, payload_of, udp, with_byte};
 use sa_store::drops::{Consumed, DropReason};
 use sa_store::report::Report;
 use sa_store::sa::*;
@@ -86,13 +86,7 @@ fn several_workers_hand_packets_to_the_owner_and_lose_none() {
         let order: Vec<u8> = r.iter().map(|p| payload_of(p)[0]).collect();
         assert!(order.is_sorted(), "order within the flow is kept");
     }
-    let handed: u64 = bed
-        .right
-        .gw
-        .counters
-        .iter()
-        .map(|c| c.handed_out.value())
-        .sum();
+    let handed = bed.right.count(|c| c.handed_out.value());
     assert!(handed > 0, "the receiving worker is not the owner");
 }
 
@@ -112,14 +106,10 @@ fn too_big_packets_are_answered_with_the_mtu_that_fits_exactly() {
         sa: Box::new(|s| s.df = Df::Set),
         ..Plan::default()
     });
-    let mut big = udp("10.1.0.1", "10.2.0.1", 64, &[1; 1472]);
-    big[20] |= 0x40;
-    let sum = etherparse::Ipv4HeaderSlice::from_slice(&big[14..])
-        .unwrap()
-        .to_header()
-        .calc_header_checksum();
-    big[24..26].copy_from_slice(&sum.to_be_bytes());
-    bed.send_left(&[big.clone()]);
+    let big = udp("10.1.0.1", "10.2.0.1", 64, &[1; 1472]);
+    let df = big[20] | 0x40;
+    let big = with_byte(big, 20, df);
+    bed.send_left(std::slice::from_ref(&big));
     let (l, r) = bed.settle();
     assert!(r.is_empty());
     assert_eq!(bed.dropped(true), [(DropReason::TooBig, 1)]);

@@ -7,6 +7,7 @@ use pmd::{Arena, Pool, PortQueue, PortQueueStats};
 use quanta::Clock;
 use rtrb::{Consumer, RingBuffer};
 use sa_store::ledger::WorkerCounters;
+use sa_store::local::Locals;
 use sa_store::report::Report;
 use sa_store::snapshot::Reader;
 use sa_store::store::Store;
@@ -15,8 +16,8 @@ use crate::engine::{Bank, Desk, SoftwareEngine, parallel};
 use crate::esp::iv::CbcIvGen;
 use crate::esp::reassembly::ReassemblyConfig;
 use crate::worker::{
-    Handover, IdlePolicy, Locals, PipelineConfig, PolicyHits, PortSetup, REPORTS, Waker, Worker,
-    WorkerParts,
+    Handover, IdlePolicy, Mtus, PipelineConfig, PolicyHits, PortSetup, PuntLimits, REPORTS, Waker,
+    Worker, WorkerParts,
 };
 
 /// What a gateway is to look like, apart from its ports.
@@ -30,18 +31,22 @@ pub struct AssemblyConfig {
     pub handover_slots: usize,
     /// Frames in each worker's own stock; see [`pmd::pool`].
     pub pool_cache: usize,
-    /// Own addresses.
+    /// Own addresses at the start.
     pub locals: Locals,
     /// UDP port, beside 4500, that carries ESP.
     pub natt_port: u16,
     /// Bounds for fragments of ESP packets; `None` drops fragments.
     pub reassembly: Option<ReassemblyConfig>,
+    /// How long an ESP packet with an unknown SPI waits for its SA, nanoseconds.
+    pub hold_unknown: Option<u64>,
     /// Idling.
     pub idle: IdlePolicy,
     /// Flows remembered per worker and direction.
     pub flow_entries: usize,
     /// Hit counters per direction and worker.
     pub policy_slots: usize,
+    /// Bounds of what goes to the kernel.
+    pub punt: PuntLimits,
     /// Makes what ciphers on each worker's CPU.
     pub engine: fn() -> Box<dyn EspEngine>,
     /// Workers help each other to cipher, so that one SA can use several.
@@ -64,9 +69,11 @@ impl Default for AssemblyConfig {
             locals: Locals::default(),
             natt_port: 4500,
             reassembly: Some(ReassemblyConfig::default()),
+            hold_unknown: None,
             idle: IdlePolicy::default(),
             flow_entries: 1 << 16,
             policy_slots: 1 << 17,
+            punt: PuntLimits::default(),
             engine: || Box::new(SoftwareEngine::default()),
             parallel: false,
             desks: Vec::new(),
@@ -83,13 +90,17 @@ pub struct OpenPort {
     /// Queue pairs, dealt out to the workers in turn. Fewer than workers: the others hand frames over. None for a
     /// port that shares another's.
     pub queues: Vec<Box<dyn PortQueue>>,
+    /// Queues of the port's exception TAP: one for each worker, or none.
+    pub taps: Vec<Box<dyn PortQueue>>,
+    /// The worker that gets the first queue, where it matters.
+    pub worker: Option<usize>,
 }
 
 /// Workers ready to run, and what control needs of them.
 pub struct Assembled {
     /// The workers.
     pub workers: Vec<Worker>,
-    /// The store; empty.
+    /// The store: own addresses and nothing else.
     pub store: Store,
     /// Counters of each worker.
     pub counters: Vec<Arc<WorkerCounters>>,
@@ -99,6 +110,8 @@ pub struct Assembled {
     pub reports: Vec<Consumer<Report>>,
     /// Counters of each port's queues.
     pub port_stats: Vec<Vec<Arc<PortQueueStats>>>,
+    /// Largest packet of each port.
+    pub mtus: Mtus,
     /// The clock that workers use.
     pub clock: Clock,
     /// What wakes each worker.
@@ -130,14 +143,28 @@ pub fn assemble(
 ) -> Result<Assembled, AssemblyError> {
     let count = config.cpus.len();
     let clock = config.clock.clone();
-    let store = Store::new(count, config.max_sas);
+    let mut store = Store::new(count, config.max_sas);
+    let mut draft = store.draft();
+    draft.set_locals(Arc::new(config.locals));
+    store.publish(draft);
     let mut setups = Vec::new();
     let mut port_stats = Vec::new();
     let mut owners: Vec<Vec<usize>> = Vec::new();
     let mut dealt: Vec<Vec<Vec<Box<dyn PortQueue>>>> = (0..count).map(|_| Vec::new()).collect();
-    for (number, OpenPort { setup, queues }) in ports.into_iter().enumerate() {
+    let mut tapped: Vec<Vec<Option<Box<dyn PortQueue>>>> = (0..count).map(|_| Vec::new()).collect();
+    for (number, port) in ports.into_iter().enumerate() {
+        let OpenPort {
+            setup,
+            queues,
+            taps,
+            worker,
+        } = port;
         for slot in &mut dealt {
             slot.push(Vec::new());
+        }
+        let mut taps = taps.into_iter();
+        for slot in &mut tapped {
+            slot.push(taps.next());
         }
         port_stats.push(queues.iter().map(|q| Arc::clone(q.stats())).collect());
         if let Some(carrier) = setup.shares {
@@ -153,7 +180,11 @@ pub fn assemble(
             return Err(AssemblyError::NoQueue(setup.name));
         }
         // Ports with fewer queues than workers are spread over them.
-        let first = if have < count { number % count } else { 0 };
+        let first = match worker {
+            Some(worker) => worker % count,
+            None if have < count => number % count,
+            None => 0,
+        };
         let holders: Vec<usize> = (0..have.min(count)).map(|i| (first + i) % count).collect();
         for (queue, worker) in queues.into_iter().zip(holders.iter().cycle()) {
             dealt[*worker][number].push(queue);
@@ -161,13 +192,16 @@ pub fn assemble(
         owners.push(holders);
         setups.push(setup);
     }
+    let mtus = Mtus::new(&setups);
     let pipeline = Arc::new(PipelineConfig {
         ports: setups,
-        locals: config.locals,
+        mtus: mtus.clone(),
         natt_port: config.natt_port,
         reassembly: config.reassembly,
         idle: config.idle,
+        hold_unknown: config.hold_unknown,
         flow_entries: config.flow_entries,
+        punt: config.punt,
     });
     let counters: Vec<_> = (0..count)
         .map(|_| Arc::new(WorkerCounters::default()))
@@ -183,7 +217,7 @@ pub fn assemble(
         .map_or_else(|| Arc::from([]), |h| Arc::clone(h.wakers()));
     let (mut cpus, mut helpers) = (Vec::new(), Vec::new());
     if config.parallel && count > 1 {
-        for (engine, helper) in parallel::crew(&wakers) {
+        for (engine, helper) in parallel::crew(&wakers, &counters) {
             cpus.push(Box::new(engine) as Box<dyn EspEngine>);
             helpers.push(Some(helper));
         }
@@ -192,8 +226,9 @@ pub fn assemble(
         helpers.extend((0..count).map(|_| None));
     }
     let banks = Bank::mesh(cpus, &config.desks);
-    let parts = dealt.into_iter().zip(mesh).zip(banks).zip(helpers);
-    for (id, (((queues, handover), bank), helper)) in parts.enumerate() {
+    let dealt = dealt.into_iter().zip(tapped);
+    let parts = dealt.zip(mesh).zip(banks).zip(helpers);
+    for (id, ((((queues, taps), handover), bank), helper)) in parts.enumerate() {
         let iv = match config.iv_seed {
             None => CbcIvGen::from_os()?,
             Some(seed) => CbcIvGen::from_seed(&spread(seed, id)),
@@ -206,6 +241,7 @@ pub fn assemble(
             reader: Reader::new(Arc::clone(store.shared()), id),
             pool: Pool::new(arena, config.pool_cache),
             queues,
+            taps,
             queue_owner: owners
                 .iter()
                 .map(|holders| holders[id % holders.len()])
@@ -227,6 +263,7 @@ pub fn assemble(
         hits,
         reports,
         port_stats,
+        mtus,
         clock,
         wakers,
     })

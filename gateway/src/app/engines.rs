@@ -3,21 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use pmd::airoha::Block;
-use pmd::device::vfio::{Protection, VfioDevice};
-use pmd::device::vfio_user::VfioUserDevice;
-use pmd::device::{Device, DeviceError};
+use pmd::device::DeviceError;
 use pmd::eip93::{Eip93Config, Eip93Engine, Eip93Error};
-use pmd::engine::{Capabilities, EngineDead, EngineStats, EspEngine, EspJob, Refusal};
-use pmd::qdma::{QdmaError, QdmaPlan};
-use pmd::soe::{SoeConfig, SoeEngine, SoeError};
+use pmd::engine::EspEngine;
+use pmd::qdma::QdmaError;
+use pmd::soe::{SoeConfig, SoeError};
 use pmd::{Arena, Pool};
 use sa_store::cipher::CipherFactory;
-use sa_store::runtime::SaEntry;
-use sa_store::sa::SaId;
-use sa_store::snapshot::Snapshot;
 
-use crate::config::{EngineAt, EngineConfig, EngineType};
+use super::blocks::{Blocks, Shared, devices};
+use crate::config::{EngineConfig, EngineType};
 use crate::engine::trust::{EngineWatch, TrustClock, TrustConfig, Trusted};
 use crate::engine::{Desk, Split};
 
@@ -54,6 +49,8 @@ pub struct OpenEngines {
     pub desks: Vec<Arc<Desk>>,
     /// What is told of each.
     pub watches: Vec<EngineWatch>,
+    /// Blocks that ports and engines share.
+    pub(super) blocks: Blocks,
 }
 
 impl OpenEngines {
@@ -68,7 +65,14 @@ impl OpenEngines {
         ciphers: &Arc<dyn CipherFactory>,
         first_private: u32,
     ) -> Result<(), EngineOpenError> {
-        let engine = Split::around(driver(config, arena)?);
+        let block = match config.kind {
+            EngineType::Soe(_) => {
+                let engines = std::slice::from_ref(config);
+                Some(self.blocks.get(&config.at, engines, arena)?)
+            }
+            EngineType::Eip93(_) => None,
+        };
+        let engine = Split::around(driver(config, arena, block.as_ref(), Again::No)?);
         tracing::info!(engine = %config.name, kind = engine.capabilities().name, worker = config.worker, "engine open");
         let trust = TrustConfig {
             canaries: config.canary,
@@ -87,7 +91,8 @@ impl OpenEngines {
             Arc::clone(ciphers),
             TrustClock::real(),
             Some(Box::new(move || {
-                let engine = driver(&again, &memory).map_err(|e| e.to_string())?;
+                let engine = driver(&again, &memory, block.as_ref(), Again::Yes)
+                    .map_err(|e| e.to_string())?;
                 Ok(Split::around(engine))
             })),
         )?;
@@ -111,107 +116,43 @@ fn one_in(part: f64) -> u32 {
     }
 }
 
+/// Opens the driver; `block` is an SOE's.
 fn driver(
     config: &EngineConfig,
     arena: &Arc<Arena>,
+    block: Option<&Arc<Shared>>,
+    again: Again,
 ) -> Result<Box<dyn EspEngine>, EngineOpenError> {
-    let (device, registers) = devices(&config.at)?;
-    match config.kind {
-        EngineType::Eip93(unknowns) => {
+    match (config.kind, block) {
+        (EngineType::Soe(assume), Some(shared)) => {
+            let own = SoeConfig {
+                assume,
+                patience: config.deadline,
+                most_lost: config.max_lost.into(),
+                ..SoeConfig::default()
+            };
+            Ok(Box::new(match again {
+                Again::No => shared.engine(own)?,
+                Again::Yes => shared.engine_again(own)?,
+            }))
+        }
+        (EngineType::Eip93(unknowns), _) => {
             let own = Eip93Config {
                 unknowns,
                 deadline: config.deadline,
                 bring_up: BRING_UP,
                 ..Eip93Config::default()
             };
+            let (device, _) = devices(&config.at)?;
             Ok(Box::new(Eip93Engine::open(device, arena, own)?))
         }
-        EngineType::Soe(assume) => {
-            let plans = vec![QdmaPlan::shared(0), QdmaPlan::shared(1)];
-            let block = Block::new(&device, registers.as_ref(), plans, arena)?;
-            let engine = block.engine(SoeConfig {
-                assume,
-                patience: config.deadline,
-                most_lost: config.max_lost.into(),
-                ..SoeConfig::default()
-            })?;
-            block.start()?;
-            Ok(Box::new(Housed {
-                engine,
-                _block: block,
-            }))
-        }
+        (EngineType::Soe(_), None) => Err(SoeError::Taken.into()),
     }
 }
 
-/// An SOE with its Ethernet block, which must live as long as the engine.
-struct Housed {
-    engine: SoeEngine,
-    _block: Block,
-}
-
-impl EspEngine for Housed {
-    fn capabilities(&self) -> &Capabilities {
-        self.engine.capabilities()
-    }
-
-    fn install(&mut self, sa: &SaEntry) -> Result<(), Refusal> {
-        self.engine.install(sa)
-    }
-
-    fn remove(&mut self, sa: SaId) {
-        self.engine.remove(sa);
-    }
-
-    fn submit(&mut self, view: &Snapshot, jobs: &mut Vec<EspJob>, done: &mut Vec<EspJob>) {
-        self.engine.submit(view, jobs, done);
-    }
-
-    fn poll(&mut self, done: &mut Vec<EspJob>) {
-        self.engine.poll(done);
-    }
-
-    fn in_flight(&self) -> usize {
-        self.engine.in_flight()
-    }
-
-    fn is_healthy(&self) -> bool {
-        self.engine.is_healthy()
-    }
-
-    fn reset(&mut self, done: &mut Vec<EspJob>) -> Result<(), EngineDead> {
-        self.engine.reset(done)
-    }
-
-    fn reached(&self, sa: SaId) -> Option<u64> {
-        self.engine.reached(sa)
-    }
-
-    fn stats(&self) -> Option<&Arc<EngineStats>> {
-        self.engine.stats()
-    }
-}
-
-type Devices = (Arc<dyn Device>, Option<Arc<dyn Device>>);
-
-fn devices(at: &EngineAt) -> Result<Devices, DeviceError> {
-    match at {
-        EngineAt::Socket(path) => Ok((Arc::new(VfioUserDevice::connect(path)?), None)),
-        EngineAt::Platform {
-            device,
-            registers,
-            no_iommu,
-        } => {
-            let protection = if *no_iommu {
-                Protection::NoIommu
-            } else {
-                Protection::Iommu
-            };
-            let open = |name: &str| -> Result<Arc<dyn Device>, DeviceError> {
-                Ok(Arc::new(VfioDevice::platform(name, protection)?))
-            };
-            let registers = registers.as_deref().map(open).transpose()?;
-            Ok((open(device)?, registers))
-        }
-    }
+/// Whether the device was open before.
+#[derive(Clone, Copy)]
+enum Again {
+    No,
+    Yes,
 }

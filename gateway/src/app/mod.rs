@@ -1,7 +1,9 @@
 //! Assembly of a gateway: from a configuration to running workers and control.
 
 mod assembly;
+mod blocks;
 mod engines;
+mod kernel;
 mod open;
 mod plane;
 mod privileges;

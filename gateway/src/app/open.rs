@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pmd::af_xdp::{AfXdpConfig, AfXdpPort, SteerError, SteerMap, Steering, XdpMode};
+use pmd::airoha::PortOptions;
 use pmd::capture::Capture;
 use pmd::device::vfio::{Protection, VfioDevice};
 use pmd::fault::{FaultQueue, Faults};
@@ -11,21 +12,24 @@ use pmd::memory::{self, MemoryPort, PairConfig};
 use pmd::nic::{self, NicControl, NicOptions};
 use pmd::pcap::{self, PcapConfig, PcapPort};
 use pmd::port::{MacAddr, Port, PortError, PortInfo};
-use pmd::tap::{TapConfig, TapPort};
+use pmd::qdma::QdmaError;
+use pmd::tap::{Exception, TapConfig, TapPort};
 use pmd::virtio::vhost::{self, VhostConfig, VhostPort};
 use pmd::{Arena, ArenaConfig, ArenaError, HugePolicy};
 use quanta::Clock;
 use sa_store::cipher::CipherFactory;
 use sa_store::fib::{Fib, FibError, Neighbours, Route, RouteTo};
+use sa_store::local::Locals;
 use sa_store::sa::Vrf;
 use sa_store::store::Store;
 
 use super::assembly::{Assembled, AssemblyConfig, AssemblyError, OpenPort, assemble};
+use super::blocks::Blocks;
 use super::engines::{EngineOpenError, OpenEngines};
 use crate::config::{self, AfXdpMode, GatewayConfig, Idle, NextHop, Nic, PortConfig, PortKind};
 use crate::engine::Desk;
 use crate::esp::reassembly::ReassemblyConfig;
-use crate::worker::{IdlePolicy, Locals, PortSetup, Side};
+use crate::worker::{IdlePolicy, PortSetup, Side};
 
 /// Bytes of each capture point's ring.
 const CAPTURE_RING: usize = 1 << 20;
@@ -54,6 +58,9 @@ pub enum OpenError {
         #[source]
         source: EngineOpenError,
     },
+    /// The rings of an Ethernet block do not start.
+    #[error("Ethernet block: {0}")]
+    Rings(#[from] QdmaError),
     /// Destinations to take from an interface.
     #[error("port \"{name}\": {source}")]
     Steer {
@@ -125,6 +132,7 @@ pub fn open(
     })?;
     let capture = Capture::new(CAPTURE_RING);
     let mut memory_ends: Vec<Option<MemoryPort>> = config.ports.iter().map(|_| None).collect();
+    let mut engines = OpenEngines::default();
     let mut open_ports = Vec::with_capacity(config.ports.len());
     let mut views = Vec::with_capacity(config.ports.len());
     for (number, port) in config.ports.iter().enumerate() {
@@ -148,8 +156,12 @@ pub fn open(
                     name: port.name.clone(),
                     source,
                 };
-                let (opened, steer) =
-                    open_port(config, number, workers, &mut memory_ends).map_err(fail)?;
+                let shared = Shared {
+                    arena: &arena,
+                    ends: &mut memory_ends,
+                    blocks: &mut engines.blocks,
+                };
+                let (opened, steer) = open_port(config, number, workers, shared).map_err(fail)?;
                 let info = opened.info();
                 let count = port
                     .queues
@@ -198,23 +210,36 @@ pub fn open(
                 map.insert(prefix.addr(), prefix.len()).map_err(fail)?;
             }
         }
+        let setup_mac = port.mac.map_or(view.info.mac, MacAddr::from);
+        let setup_mtu = port
+            .mtu
+            .unwrap_or_else(|| u16::try_from(view.info.mtu).unwrap_or(u16::MAX));
+        let taps =
+            exception_tap(port, setup_mac, setup_mtu, workers, &arena).map_err(|source| {
+                OpenError::Port {
+                    name: port.name.clone(),
+                    source,
+                }
+            })?;
         open_ports.push(OpenPort {
             setup: PortSetup {
                 name: port.name.clone(),
                 side: view.side,
                 vrf: Vrf(port.vrf),
                 vlan: port.vlan,
-                mac: port.mac.map_or(view.info.mac, MacAddr::from),
-                mtu: port
-                    .mtu
-                    .unwrap_or_else(|| u16::try_from(view.info.mtu).unwrap_or(u16::MAX)),
+                mac: setup_mac,
+                mtu: setup_mtu,
                 shares,
             },
             queues,
+            taps,
+            worker: match &port.kind {
+                PortKind::Airoha(a) => Some(a.worker),
+                _ => None,
+            },
         });
         views.push(view);
     }
-    let mut engines = OpenEngines::default();
     for engine in &config.engines {
         engines
             .open(engine, &arena, ciphers, config.sas.max)
@@ -223,6 +248,7 @@ pub fn open(
                 source,
             })?;
     }
+    engines.blocks.start()?;
     let desks = engines.desks.clone();
     let mut assembled = assemble(assembly(config, clock, desks), &arena, open_ports)?;
     let fib = routes(config, &mut assembled.store)?;
@@ -262,6 +288,12 @@ fn assembly(config: &GatewayConfig, clock: Clock, desks: Vec<Arc<Desk>>) -> Asse
             timeout: u64::from(config.reassembly.timeout_ms) * 1_000_000,
             ..ReassemblyConfig::default()
         }),
+        hold_unknown: config
+            .ike
+            .as_ref()
+            .filter(|ike| ike.hold_ms != 0)
+            .map(|ike| u64::from(ike.hold_ms) * 1_000_000),
+        punt: config.exception.limits(),
         idle: IdlePolicy {
             // An empty round takes roughly 50 ns.
             spins: spin.saturating_mul(20),
@@ -281,6 +313,7 @@ fn sharing(earlier: &[PortConfig], port: &PortConfig) -> Option<u16> {
     let interface = |p: &PortConfig| match &p.kind {
         PortKind::AfXdp { interface, .. } | PortKind::Tap { interface } => Some(interface.clone()),
         PortKind::Vfio(n) => Some(n.device.clone()),
+        PortKind::Airoha(a) => Some(format!("GDM {} of {}", a.gdm.number(), a.at)),
         _ => None,
     };
     let wanted = interface(port)?;
@@ -290,12 +323,25 @@ fn sharing(earlier: &[PortConfig], port: &PortConfig) -> Option<u16> {
     u16::try_from(found).ok()
 }
 
+/// What several ports have a part of.
+struct Shared<'a> {
+    arena: &'a Arc<Arena>,
+    /// Far ends of memory pairs.
+    ends: &'a mut [Option<MemoryPort>],
+    blocks: &'a mut Blocks,
+}
+
 fn open_port(
     config: &GatewayConfig,
     number: usize,
     workers: usize,
-    ends: &mut [Option<MemoryPort>],
+    shared: Shared<'_>,
 ) -> Result<(Box<dyn Port>, Option<SteerMap>), PortError> {
+    let Shared {
+        arena,
+        ends,
+        blocks,
+    } = shared;
     let port = &config.ports[number];
     let mtu = port.mtu.map(u32::from);
     match &port.kind {
@@ -331,6 +377,7 @@ fn open_port(
                 name: interface.clone(),
                 mtu,
                 up: true,
+                exception: None,
             })?;
             Ok((Box::new(opened), None))
         }
@@ -393,7 +440,52 @@ fn open_port(
             Ok((Box::new(own), None))
         }
         PortKind::Vfio(n) => Ok((open_nic(&port.name, n, mtu)?, None)),
+        PortKind::Airoha(a) => {
+            let fail = |e| match e {
+                QdmaError::Device(source) => PortError::Device {
+                    port: a.at.to_string(),
+                    source,
+                },
+                e => PortError::Setting {
+                    port: port.name.clone(),
+                    reason: e.to_string(),
+                },
+            };
+            let block = blocks.get(&a.at, &config.engines, arena).map_err(fail)?;
+            let opened = block.port(PortOptions {
+                name: port.name.clone(),
+                gdm: a.gdm,
+                instance: a.instance,
+                mac: MacAddr::from(a.mac),
+                mtu: mtu.unwrap_or(1500),
+            });
+            Ok((Box::new(opened), None))
+        }
     }
+}
+
+/// The kernel's side of a port: a TAP with a queue for each worker.
+fn exception_tap(
+    port: &PortConfig,
+    mac: MacAddr,
+    mtu: u16,
+    workers: usize,
+    arena: &Arc<Arena>,
+) -> Result<Vec<Box<dyn pmd::PortQueue>>, PortError> {
+    let Some(name) = &port.tap else {
+        return Ok(Vec::new());
+    };
+    let tap = TapPort::open(&TapConfig {
+        name: name.clone(),
+        mtu: Some(u32::from(mtu)),
+        up: true,
+        exception: Some(Exception {
+            mac,
+            // The interface itself has them.
+            neighbours: !matches!(port.kind, PortKind::AfXdp { .. }),
+        }),
+    })?;
+    Box::new(tap).queues(workers, arena)
 }
 
 fn open_nic(name: &str, n: &Nic, mtu: Option<u32>) -> Result<Box<dyn Port>, PortError> {

@@ -13,9 +13,8 @@ use pmd::nic::NicControl;
 use pmd::{Arena, PortQueueStats};
 use quanta::Clock;
 use rtrb::Consumer;
-use sa_store::file::Config;
 use sa_store::ledger::WorkerCounters;
-use sa_store::policy::{Action, AddrRange};
+use sa_store::policy::{Action, AddrRange, Policy};
 use sa_store::report::Report;
 use sa_store::runtime::{Place, SaEntry};
 use sa_store::sa::{Direction, OffloadMode, SaId, SaSpec};
@@ -25,7 +24,7 @@ use super::open::PortView;
 use crate::crypto::select::Selection;
 use crate::engine::Park;
 use crate::engine::trust::EngineWatch;
-use crate::worker::{PolicyHits, Side, gateway_now};
+use crate::worker::{Mtus, PolicyHits, Side, gateway_now};
 
 /// Rounds with packets for each empty one from which on workers count as saturated.
 const SATURATED: u64 = 9;
@@ -37,6 +36,7 @@ pub struct Plane {
     workers: Vec<WorkerView>,
     hits: Vec<Arc<PolicyHits>>,
     ports: Vec<PortView>,
+    mtus: Mtus,
     stats: Vec<Vec<Arc<PortQueueStats>>>,
     capture: Capture,
     captured: Mutex<Option<CaptureRequest>>,
@@ -58,6 +58,8 @@ pub struct PlaneParts {
     pub hits: Vec<Arc<PolicyHits>>,
     /// Ports.
     pub ports: Vec<PortView>,
+    /// Their largest packets.
+    pub mtus: Mtus,
     /// Counters of each port's queues.
     pub stats: Vec<Vec<Arc<PortQueueStats>>>,
     /// Switch of all capture points.
@@ -85,6 +87,7 @@ impl Plane {
             workers,
             hits,
             ports,
+            mtus,
             stats,
             capture,
             arena,
@@ -99,6 +102,7 @@ impl Plane {
             workers,
             hits,
             ports,
+            mtus,
             stats,
             capture,
             captured: Mutex::default(),
@@ -138,7 +142,8 @@ impl DataPlane for Plane {
             .ports
             .iter()
             .zip(&self.stats)
-            .map(|(p, queues)| PortReport {
+            .enumerate()
+            .map(|(i, (p, queues))| PortReport {
                 name: p.name.clone(),
                 kind: p.info.kind.into(),
                 side: match p.side {
@@ -148,7 +153,7 @@ impl DataPlane for Plane {
                 .into(),
                 mode: p.info.mode.clone(),
                 mac: p.info.mac.to_string(),
-                mtu: p.info.mtu,
+                mtu: p.info.mtu.min(u32::from(self.mtus.get(i))),
                 queues: queues.iter().map(|q| counters(q)).collect(),
                 device: p.control.as_deref().map(device),
             });
@@ -210,13 +215,12 @@ impl DataPlane for Plane {
         )
     }
 
-    fn published(&self, config: &Config) {
+    fn published(&self, policies: &[&Policy]) {
+        if !self.ports.iter().any(|p| p.steer_follows_policies) {
+            return;
+        }
         let mut wanted: Vec<(IpAddr, u8)> = Vec::new();
-        for p in config
-            .policies
-            .iter()
-            .filter(|p| p.direction == Direction::Out)
-        {
+        for p in policies.iter().filter(|p| p.direction == Direction::Out) {
             if matches!(p.action, Action::Protect { .. }) {
                 for s in &p.selectors {
                     prefixes(s.dst, &mut wanted);
@@ -246,6 +250,10 @@ impl DataPlane for Plane {
 
     fn remove(&self, sa: SaId) {
         self.engines.remove(sa);
+    }
+
+    fn set_mtu(&self, port: u16, mtu: u32) {
+        self.mtus.set(port, mtu);
     }
 
     fn capture_start(&self, request: &CaptureRequest) -> Result<(), String> {

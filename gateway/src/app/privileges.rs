@@ -1,5 +1,7 @@
 //! Becoming an ordinary user once everything that needs rights is open.
 
+use caps::errors::CapsError;
+use caps::{CapSet, Capability, CapsHashSet};
 use nix::unistd::{Gid, Group, Uid, User, geteuid, setgid, setgroups, setuid};
 
 use crate::config::Privileges;
@@ -16,6 +18,9 @@ pub enum PrivilegeError {
     /// Only root can become somebody else.
     #[error("privileges.user is \"{0}\", but only root can change the user")]
     NotRoot(String),
+    /// The system refused.
+    #[error("capabilities: {0}")]
+    Caps(#[from] CapsError),
     /// The system refused.
     #[error("cannot {step}: {source}")]
     System {
@@ -37,8 +42,17 @@ pub(super) fn group_id(name: &str) -> Result<Gid, PrivilegeError> {
         .ok_or_else(|| PrivilegeError::NoGroup(name.into()))
 }
 
-/// Changes to the configured user, with no supplementary groups and no capabilities.
-pub(super) fn drop_to(p: &Privileges) -> Result<(), PrivilegeError> {
+/// Keeps this thread's capabilities from programs that it or its threads start, above all the hook of `[rekey]`: a service
+/// manager gives a service that is not root ambient ones, which a program would be born with.
+pub(super) fn keep_from_programs() -> Result<(), PrivilegeError> {
+    caps::clear(None, CapSet::Inheritable)?;
+    caps::clear(None, CapSet::Ambient)?;
+    Ok(())
+}
+
+/// Changes to the configured user, with no supplementary groups and no capabilities but those `kept`, which this thread and those
+/// that it starts have.
+pub(super) fn drop_to(p: &Privileges, kept: &[Capability]) -> Result<(), PrivilegeError> {
     let Some(name) = &p.user else {
         if geteuid().is_root() {
             tracing::warn!(
@@ -63,6 +77,9 @@ pub(super) fn drop_to(p: &Privileges) -> Result<(), PrivilegeError> {
         return Err(PrivilegeError::NotRoot(name.clone()));
     }
     let system = |step| move |source| PrivilegeError::System { step, source };
+    if !kept.is_empty() {
+        caps::securebits::set_keepcaps(true)?;
+    }
     setgroups(&[gid]).map_err(system("leave root's groups"))?;
     setgid(gid).map_err(system("change the group"))?;
     // For all threads; it takes every capability with it.
@@ -73,6 +90,21 @@ pub(super) fn drop_to(p: &Privileges) -> Result<(), PrivilegeError> {
             source: nix::Error::EPERM,
         });
     }
+    if !kept.is_empty() {
+        let kept: CapsHashSet = kept.iter().copied().collect();
+        caps::set(None, CapSet::Effective, &CapsHashSet::new())?;
+        caps::set(None, CapSet::Permitted, &kept)?;
+        caps::set(None, CapSet::Effective, &kept)?;
+    }
     tracing::info!(user = %name, "privileges dropped");
+    Ok(())
+}
+
+/// Gives up in this thread what [`drop_to`] kept.
+pub(super) fn drop_kept(p: &Privileges, kept: &[Capability]) -> Result<(), PrivilegeError> {
+    if p.user.is_some() && !kept.is_empty() && !geteuid().is_root() {
+        caps::clear(None, CapSet::Effective)?;
+        caps::clear(None, CapSet::Permitted)?;
+    }
     Ok(())
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use caps::Capability;
 use control::api::{ApiConfig, Stats};
 use control::core::{Control, Parts};
 use control::plane::WorkerView;
@@ -54,8 +55,11 @@ pub enum ServiceError {
     #[error(transparent)]
     Control(#[from] StartError),
     /// No threads.
-    #[error("cannot start workers: {0}")]
+    #[error("cannot start threads: {0}")]
     Threads(std::io::Error),
+    /// No way to the kernel's tables.
+    #[error("the kernel's tables cannot be followed: {0}")]
+    Kernel(std::io::Error),
 }
 
 /// The crypto providers that the configuration asks for. Under a seed the choice is the same every time.
@@ -91,9 +95,26 @@ impl Service {
     pub fn start(config: &GatewayConfig) -> Result<Self, ServiceError> {
         let options = options(config)?;
         let alive = Arc::new(AtomicBool::new(true));
-        let built = build(config, Arc::clone(&alive), Clock::new())?;
-        privileges::drop_to(&config.privileges)?;
-        let running = control::run::start(built.parts, options)?;
+        let mut built = build(config, Arc::clone(&alive), Clock::new())?;
+        built.parts.kernel =
+            super::kernel::plan(config, &built.parts.store).map_err(ServiceError::Kernel)?;
+        let kept = if options.ike.is_some() {
+            // Each message to the kernel's IPsec tables is checked against the sender's rights.
+            &[Capability::CAP_NET_ADMIN, Capability::CAP_NET_RAW][..]
+        } else {
+            &[]
+        };
+        privileges::keep_from_programs()?;
+        privileges::drop_to(&config.privileges, kept)?;
+        let mut running = control::run::start(built.parts, options)?;
+        // The control thread has them now; workers need none.
+        privileges::drop_kept(&config.privileges, kept)?;
+        if let Some(settings) = config.ike.as_ref().and_then(|ike| ike.vici.clone()) {
+            // Reads what another program says: without any of the rights above.
+            running
+                .follow_names(settings)
+                .map_err(ServiceError::Threads)?;
+        }
         let crew = Crew::start(built.workers).map_err(ServiceError::Threads)?;
         Ok(Self {
             crew,
@@ -261,6 +282,7 @@ fn build(
         hits: assembled.hits,
         reports: assembled.reports,
         ports,
+        mtus: assembled.mtus,
         stats: assembled.port_stats,
         capture,
         arena,
@@ -277,6 +299,16 @@ fn build(
         plane: Arc::new(plane),
         sa_files: config.sa_files.clone(),
         metrics_max_sas: usize::try_from(config.metrics_max_sas).unwrap_or(usize::MAX),
+        kernel: None,
+        rekey: match config.test_seed {
+            // Nothing by chance, nothing by the clock of the machine.
+            Some(_) => control::rekey::Config {
+                jitter_percent: 0,
+                hook: None,
+                ..config.rekey.config()
+            },
+            None => config.rekey.config(),
+        },
     };
     Ok(Built {
         workers: assembled.workers,
@@ -346,5 +378,6 @@ fn options(config: &GatewayConfig) -> Result<Options, ServiceError> {
         api,
         watch: true,
         service: true,
+        ike: config.ike.as_ref().map(|ike| ike.mirror.clone()),
     })
 }

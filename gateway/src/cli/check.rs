@@ -36,6 +36,13 @@ pub(super) fn run(args: &CheckArgs) -> Result<(), Failure> {
     let loaded = load(files)?;
     if let Some(g) = &gateway {
         tunnels_exist(g, &loaded)?;
+        if let Some(hook) = &g.rekey.hook {
+            control::rekey::hook::check(hook).map_err(Failure::refused)?;
+        }
+        let short = control::desired::too_short(&loaded, &g.rekey.config());
+        if !short.is_empty() {
+            return Err(Failure::refused(short.join("\n")));
+        }
     }
     if args.json {
         println!("{:#}", as_json(gateway.as_ref(), &loaded));

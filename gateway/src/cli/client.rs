@@ -16,12 +16,39 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Sends one request, returns the data of the answer.
 pub(super) fn ask_value(client: &ClientArgs, command: &Command) -> Result<Value, Failure> {
-    let mut answer = exchange(&client.socket, command).map_err(|e| {
-        Failure::unreachable(format!(
-            "{}: no gateway answers: {e}",
-            client.socket.display()
-        ))
-    })?;
+    let answer = exchange(&client.socket, command).map_err(|e| unreachable(client, &e))?;
+    data_of(answer)
+}
+
+/// Sends one request, hands over the data of every line that follows for as long as they are wanted.
+pub(super) fn stream(
+    client: &ClientArgs,
+    command: &Command,
+    take: &mut dyn FnMut(Value) -> Result<bool, Failure>,
+) -> Result<(), Failure> {
+    let lost = |e: std::io::Error| unreachable(client, &e);
+    let mut stream = UnixStream::connect(&client.socket).map_err(lost)?;
+    stream
+        .write_all(request_line(command).as_bytes())
+        .map_err(lost)?;
+    for line in BufReader::new(stream).lines() {
+        let answer = serde_json::from_str(&line.map_err(lost)?)
+            .map_err(|e| Failure::failed(format!("the gateway's answer is not understood: {e}")))?;
+        if !take(data_of(answer)?)? {
+            return Ok(());
+        }
+    }
+    Err(Failure::unreachable("the gateway has ended the stream"))
+}
+
+fn unreachable(client: &ClientArgs, e: &std::io::Error) -> Failure {
+    Failure::unreachable(format!(
+        "{}: no gateway answers: {e}",
+        client.socket.display()
+    ))
+}
+
+fn data_of(mut answer: Value) -> Result<Value, Failure> {
     if answer["ok"].as_bool() == Some(true) {
         return Ok(answer["data"].take());
     }

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use clap::{Args, ValueEnum};
 use control::api::Command;
 use control::explain::{Arrival, Explanation, Query, State};
+use control::rekey::terms::View;
 use pmd::capture_file::CaptureFile;
-use sa_store::runtime::{Start, TunnelIdx};
+use sa_store::runtime::{Start, TunnelIdx, mapped};
 use sa_store::sa::{Direction, SaId};
 use sa_store::spd::Spd;
 use sa_store::store::Store;
@@ -205,6 +206,11 @@ fn offline(path: &Path, query: &Query) -> Result<Explanation, Failure> {
                 .get(usize::from(p))
                 .map_or_else(|| p.to_string(), |p| p.name.clone())
         },
+        route: &|vrf, dst| {
+            let (addr, len) = snapshot.fib.prefix(vrf, mapped(dst))?;
+            Some(format!("{addr}/{len}, of the configuration"))
+        },
+        rekey_state: &|_| View::STEADY,
         now: 0,
     };
     Ok(state.explain(query))

@@ -17,12 +17,13 @@ mod client;
 mod devices;
 mod explain;
 mod import;
+pub(crate) mod log;
+mod routes;
 mod run;
 mod show;
 pub(crate) mod table;
 
 use std::fmt::Display;
-use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -72,6 +73,12 @@ enum Command {
     Ports(ClientArgs),
     /// Look-aside engines of the running gateway, and how far they are trusted.
     Engines(ClientArgs),
+    /// Routes of the running gateway, and where they come from.
+    Routes(routes::RoutesArgs),
+    /// Neighbours of the running gateway with their link addresses.
+    Neighbours(routes::NeighboursArgs),
+    /// SAs that the running gateway takes from an IKE daemon, and what it leaves to the kernel.
+    Ike(ClientArgs),
     /// Capture what passes a port of the running gateway into a pcapng file.
     Capture {
         #[command(subcommand)]
@@ -198,13 +205,30 @@ impl Failure {
 /// Runs the program.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    match dispatch(cli.command) {
+    end_with_the_reader();
+    let done = dispatch(cli.command);
+    log::flush();
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(f) => {
             eprintln!("{}", f.what);
             ExitCode::from(f.code)
         }
     }
+}
+
+/// `esplanade sa list | head` ends as other tools do, with the code of SIGPIPE: Rust ignores that signal and panics when it prints.
+fn end_with_the_reader() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let message = info.payload().downcast_ref::<String>();
+        if message.is_some_and(|m| m.contains("stdout") && m.contains("Broken pipe")) {
+            std::process::exit(141);
+        }
+        usual(info);
+        // Release builds abort next.
+        log::flush();
+    }));
 }
 
 fn dispatch(command: Command) -> Result<(), Failure> {
@@ -228,6 +252,9 @@ fn dispatch(command: Command) -> Result<(), Failure> {
         Command::Events(args) => show::events(&args),
         Command::Ports(client) => show::ports(&client),
         Command::Engines(client) => show::engines(&client),
+        Command::Routes(args) => routes::routes(&args),
+        Command::Neighbours(args) => routes::neighbours(&args),
+        Command::Ike(client) => show::ike(&client),
         Command::Capture {
             command:
                 CaptureCommand::Start {
@@ -246,28 +273,6 @@ fn dispatch(command: Command) -> Result<(), Failure> {
         Command::Bind(args) => devices::bind(&args),
         Command::Unbind(args) => devices::unbind(&args),
     }
-}
-
-/// Sets logging up; `ESPLANADE_LOG` wins over `level`.
-pub(crate) fn log_to_stderr(level: &str, json: bool) {
-    let level = std::env::var("ESPLANADE_LOG").unwrap_or_else(|_| level.to_owned());
-    let filter = tracing_subscriber::EnvFilter::new(level);
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(colour())
-        .with_writer(std::io::stderr);
-    // Already set by somebody who embeds us: theirs stays.
-    let _ = if json {
-        builder.json().try_init()
-    } else {
-        builder.with_target(false).try_init()
-    };
-}
-
-/// Whether messages may be coloured: on a terminal, unless <https://no-color.org> is asked for.
-fn colour() -> bool {
-    let refused = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty());
-    std::io::stderr().is_terminal() && !refused
 }
 
 #[cfg(test)]

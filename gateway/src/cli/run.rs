@@ -43,12 +43,13 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
             port.name
         )));
     }
-    super::log_to_stderr(&config.log.level, config.log.format == LogFormat::Json);
+    super::log::to_stderr(&config.log.level, config.log.format == LogFormat::Json);
     if args.supervised {
         attach_to_supervisor().map_err(Failure::failed)?;
     } else if needs_supervisor(&config) {
         return supervise();
     }
+    super::log::write_aside();
     // Release builds abort: no destructor would stop the devices.
     pmd::quiesce::install_panic_hook();
     if args.exit_when_idle {
@@ -77,8 +78,13 @@ fn service(config: &GatewayConfig) -> Result<(), Failure> {
 
 /// Whether a device may be left running when this process is killed: no IOMMU stands before memory that is freed then.
 fn needs_supervisor(config: &GatewayConfig) -> bool {
-    let unconfined = |k: &PortKind| matches!(k, PortKind::Vfio(nic) if nic.no_iommu);
+    let unconfined = |k: &PortKind| match k {
+        PortKind::Vfio(nic) => nic.no_iommu,
+        PortKind::Airoha(port) => port.at.no_iommu(),
+        _ => false,
+    };
     config.ports.iter().any(|p| unconfined(&p.kind))
+        || config.engines.iter().any(|e| e.at.no_iommu())
 }
 
 /// Runs this command again as a child of this process, which holds its devices and memory.

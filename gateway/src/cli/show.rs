@@ -1,16 +1,18 @@
 //! What the running gateway tells, as tables or JSON.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
-use control::api::{Command, PolicyInfo, SaInfo, Stats};
+use control::api::{Command, Left, PolicyInfo, SaInfo, Stats};
 use control::core::Reload;
-use control::events::Event;
+use control::events::{Batch, Edge, Event};
 use control::plane::{CaptureReport, CaptureRequest, EngineReport, PortReport};
-use serde_json::Value;
+use control::xfrm::MirrorReport;
+use serde_json::{Value, json};
 
-use super::client::{ask, ask_value};
+use super::client::{ask, ask_value, stream};
 use super::table::{number, print};
 use super::{ClientArgs, Failure};
 
@@ -28,8 +30,11 @@ pub(super) struct StatsArgs {
 #[derive(Debug, Args)]
 pub(super) struct EventsArgs {
     /// Only those after this number.
-    #[arg(long, default_value_t = 0)]
-    after: u64,
+    #[arg(long, alias = "after", value_name = "NUMBER")]
+    since: Option<u64>,
+    /// Go on with every event as it happens. Begins with the states that hold, or with what came after --since.
+    #[arg(long, short)]
+    follow: bool,
     #[command(flatten)]
     client: ClientArgs,
 }
@@ -40,7 +45,9 @@ pub(super) fn sa_list(client: &ClientArgs, tunnel: Option<String>) -> Result<(),
         return pretty(client, &command);
     }
     let list: Vec<SaInfo> = ask(client, &command)?;
-    let rows: Vec<_> = list
+    // Only who asks an IKE daemon for names has any.
+    let named = list.iter().any(|s| s.names.ike.is_some());
+    let mut rows: Vec<_> = list
         .iter()
         .map(|s| {
             vec![
@@ -55,10 +62,13 @@ pub(super) fn sa_list(client: &ClientArgs, tunnel: Option<String>) -> Result<(),
                 s.state.clone(),
                 number(s.packets),
                 number(s.bytes),
+                s.rekey.clone(),
+                left(&s.until_soft),
+                left(&s.until_hard),
             ]
         })
         .collect();
-    let headings = [
+    let mut headings = vec![
         "tunnel",
         "SA",
         "dir",
@@ -70,9 +80,27 @@ pub(super) fn sa_list(client: &ClientArgs, tunnel: Option<String>) -> Result<(),
         "state",
         ">packets",
         ">bytes",
+        "rekey",
+        "until soft",
+        "until hard",
     ];
+    if named {
+        headings.insert(1, "IKE names");
+        for (row, s) in rows.iter_mut().zip(&list) {
+            row.insert(1, s.names.to_string());
+        }
+    }
     print(&headings, &rows);
     Ok(())
+}
+
+/// What is left until a limit: "12 s, 3 400 packets".
+fn left(l: &Left) -> String {
+    let parts = [(l.seconds, "s"), (l.packets, "packets"), (l.bytes, "bytes")];
+    let parts = parts
+        .into_iter()
+        .filter_map(|(n, unit)| Some(format!("{} {unit}", number(n?))));
+    parts.collect::<Vec<_>>().join(", ")
 }
 
 pub(super) fn sa_show(client: &ClientArgs, name: String) -> Result<(), Failure> {
@@ -146,6 +174,10 @@ fn totals(s: &Stats) {
                 w.bypassed,
                 w.handed_out,
                 w.dropped,
+                w.shared,
+                w.assisted,
+                w.shared_waiting,
+                w.held_up,
             ];
             [w.worker.to_string(), cpu]
                 .into_iter()
@@ -164,13 +196,18 @@ fn totals(s: &Stats) {
             ">bypassed",
             ">handed over",
             ">dropped",
+            ">shared",
+            ">assisted",
+            ">shared, waiting",
+            ">held up",
         ],
         &workers,
     );
     println!();
     ports_table(&s.ports);
     println!();
-    let tunnels: Vec<_> = s
+    let named = s.tunnels.iter().any(|t| t.names.ike.is_some());
+    let tunnels: Vec<Vec<_>> = s
         .tunnels
         .iter()
         .map(|t| {
@@ -185,23 +222,22 @@ fn totals(s: &Stats) {
             ];
             [t.name.clone()]
                 .into_iter()
+                .chain(named.then(|| t.names.to_string()))
                 .chain(counts.map(number))
                 .collect()
         })
         .collect();
-    print(
-        &[
-            "tunnel",
-            ">out packets",
-            ">out bytes",
-            ">in packets",
-            ">in bytes",
-            ">errors",
-            ">lost",
-            ">rekeys",
-        ],
-        &tunnels,
-    );
+    let counts = [
+        ">out packets",
+        ">out bytes",
+        ">in packets",
+        ">in bytes",
+        ">errors",
+        ">lost",
+        ">rekeys",
+    ];
+    let headings = ["tunnel"].into_iter().chain(named.then_some("IKE names"));
+    print(&headings.chain(counts).collect::<Vec<_>>(), &tunnels);
     if !s.drops.is_empty() {
         println!();
         let drops: Vec<_> = s
@@ -219,6 +255,15 @@ fn totals(s: &Stats) {
             .map(|c| vec![c.kind.clone(), number(c.frames)])
             .collect();
         print(&["consumed", ">frames"], &consumed);
+    }
+    if !s.punts.is_empty() {
+        println!();
+        let punts: Vec<_> = s
+            .punts
+            .iter()
+            .map(|p| vec![p.class.clone(), number(p.given), number(p.turned_away)])
+            .collect();
+        print(&["for the kernel", ">given", ">turned away"], &punts);
     }
 }
 
@@ -276,7 +321,11 @@ pub(super) fn reload(client: &ClientArgs) -> Result<(), Failure> {
 }
 
 pub(super) fn events(args: &EventsArgs) -> Result<(), Failure> {
-    let command = Command::Events { after: args.after };
+    if args.follow {
+        return follow(args);
+    }
+    let after = args.since.unwrap_or(0);
+    let command = Command::Events { after };
     if args.client.json {
         return pretty(&args.client, &command);
     }
@@ -287,7 +336,7 @@ pub(super) fn events(args: &EventsArgs) -> Result<(), Failure> {
             vec![
                 e.number.to_string(),
                 e.time.to_string(),
-                e.kind,
+                kind(&e),
                 e.tunnel.unwrap_or_default(),
                 e.sa.unwrap_or_default(),
                 e.text.unwrap_or_default(),
@@ -301,11 +350,116 @@ pub(super) fn events(args: &EventsArgs) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Prints events until the gateway or the reader of the output goes.
+fn follow(args: &EventsArgs) -> Result<(), Failure> {
+    let command = Command::Follow { since: args.since };
+    let mut out = std::io::stdout().lock();
+    stream(&args.client, &command, &mut |value| {
+        let batch: Batch = serde_json::from_value(value)
+            .map_err(|e| Failure::failed(format!("the gateway's answer is not understood: {e}")))?;
+        let lines = if args.client.json {
+            json_lines(&batch)
+        } else {
+            text_lines(&batch)
+        };
+        // Whoever read the output has gone.
+        let written = lines.iter().try_for_each(|l| writeln!(out, "{l}"));
+        Ok(written.and_then(|()| out.flush()).is_ok())
+    })
+}
+
+/// One object a line: `{"missed":n}`, `{"holds":event}` for each state that holds, `{"event":event}`.
+fn json_lines(batch: &Batch) -> Vec<String> {
+    let missed = (batch.missed > 0).then(|| json!({ "missed": batch.missed }));
+    let holds = batch.states.iter().flatten().map(|e| json!({ "holds": e }));
+    let events = batch.events.iter().map(|e| json!({ "event": e }));
+    let all = missed.into_iter().chain(holds).chain(events);
+    all.map(|v| v.to_string()).collect()
+}
+
+fn text_lines(batch: &Batch) -> Vec<String> {
+    let line = |mark: &str, e: &Event| {
+        let about = [&e.tunnel, &e.sa].into_iter().flatten();
+        let about: Vec<&str> = about.map(String::as_str).collect();
+        let text = e.text.as_deref().unwrap_or_default();
+        let all = format!(
+            "{:>8} {} {mark}{} {} {text}",
+            e.number,
+            e.time,
+            kind(e),
+            about.join(" ")
+        );
+        all.trim_end().to_owned()
+    };
+    let missed = (batch.missed > 0).then(|| {
+        format!(
+            "         {} events were missed; what holds now follows",
+            batch.missed
+        )
+    });
+    let holds = batch.states.iter().flatten().map(|e| line("holds: ", e));
+    let events = batch.events.iter().map(|e| line("", e));
+    missed.into_iter().chain(holds).chain(events).collect()
+}
+
+/// Kind of an event; states say whether they begin or end.
+fn kind(e: &Event) -> String {
+    match e.state {
+        Some(Edge::Off) => format!("{} (over)", e.kind),
+        Some(Edge::On) | None => e.kind.clone(),
+    }
+}
+
 pub(super) fn ports(client: &ClientArgs) -> Result<(), Failure> {
     if client.json {
         return pretty(client, &Command::Ports);
     }
     ports_table(&ask::<Vec<PortReport>>(client, &Command::Ports)?);
+    Ok(())
+}
+
+pub(super) fn ike(client: &ClientArgs) -> Result<(), Failure> {
+    if client.json {
+        return pretty(client, &Command::Ike);
+    }
+    let r: MirrorReport = ask(client, &Command::Ike)?;
+    if !r.following {
+        println!("the kernel's SAs are not taken: set ike.xfrm = true in the configuration");
+        return Ok(());
+    }
+    println!(
+        "{} SAs and {} policies taken; {} rekeys and {} SAs for waiting packets asked for; read anew {} times",
+        number(r.sas as u64),
+        number(r.policies as u64),
+        number(r.rekeys_asked),
+        number(r.acquires),
+        number(r.resyncs)
+    );
+    if r.kernel_sent != 0 {
+        println!(
+            "ALARM: the kernel has sent with {} SAs of the gateway's",
+            r.kernel_sent
+        );
+    }
+    if let Some(n) = &r.names {
+        let unnamed = number(n.unnamed as u64);
+        match &n.problem {
+            None => println!(
+                "{} SAs have names of {}, {unnamed} have none",
+                number(n.named as u64),
+                n.socket
+            ),
+            Some(why) => println!("names are not told by {}: {why}", n.socket),
+        }
+    }
+    let rows: Vec<_> = r
+        .left
+        .into_iter()
+        .map(|(what, why)| vec![what, why])
+        .collect();
+    if !rows.is_empty() {
+        print(&["left to the kernel", "why"], &rows);
+    }
     Ok(())
 }
 

@@ -57,10 +57,14 @@ pub(super) fn decode<'t>(text: &'t str, problems: &mut Problems) -> Option<Decod
             "engine" => drop(list(&mut file.engine, value, problems)),
             "route" => drop(list(&mut file.route, value, problems)),
             "neighbour" => drop(list(&mut file.neighbour, value, problems)),
+            "kernel" => set(&mut file.kernel, value, problems),
             "sas" => set(&mut file.sas, value, problems),
+            "ike" => set(&mut file.ike, value, problems),
             "leases" => set(&mut file.leases, value, problems),
+            "rekey" => set(&mut file.rekey, value, problems),
             "crypto" => set(&mut file.crypto, value, problems),
             "reassembly" => set(&mut file.reassembly, value, problems),
+            "exception" => set(&mut file.exception, value, problems),
             "metrics" => set(&mut file.metrics, value, problems),
             "api" => set(&mut file.api, value, problems),
             "log" => set(&mut file.log, value, problems),
@@ -77,8 +81,8 @@ pub(super) fn decode<'t>(text: &'t str, problems: &mut Problems) -> Option<Decod
 }
 
 fn unknown_top(key: &str) -> String {
-    let known = "sa_files, [workers], [memory], [[port]], [[engine]], [[route]], [[neighbour]], [sas], [leases], [crypto], \
-                 [reassembly], [metrics], [api], [log], [privileges], [test]";
+    let known = "sa_files, [workers], [memory], [[port]], [[engine]], [[route]], [[neighbour]], [kernel], [sas], [ike], [leases], [rekey], [crypto], \
+                 [reassembly], [exception], [metrics], [api], [log], [privileges], [test]";
     format!("unknown key \"{key}\"; the file has {known}")
 }
 

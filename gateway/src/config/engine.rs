@@ -1,6 +1,7 @@
 //! Look-aside engines as the configuration describes them.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -124,13 +125,15 @@ pub struct AssumeTable {
     pub copies_df: Option<bool>,
     /// SOE: the engine pads as little as it can.
     pub pads_least: Option<bool>,
+    /// SOE: inbound packets come back as they were sealed.
+    pub knows_by_content: Option<bool>,
     /// SOE: outer TTL that the engine writes.
     pub ttl: Option<u8>,
 }
 
-/// Where an engine is.
+/// Where an engine, or an Ethernet block, is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum EngineAt {
+pub enum DeviceAt {
     /// Platform devices through VFIO.
     Platform {
         /// The device.
@@ -142,6 +145,31 @@ pub enum EngineAt {
     },
     /// A model.
     Socket(PathBuf),
+}
+
+impl DeviceAt {
+    /// Whether both are the same device, however it is to be used.
+    pub fn is_same(&self, other: &DeviceAt) -> bool {
+        match (self, other) {
+            (Self::Platform { device: a, .. }, Self::Platform { device: b, .. }) => a == b,
+            (Self::Socket(a), Self::Socket(b)) => a == b,
+            _ => false,
+        }
+    }
+
+    /// Whether it may be used without an IOMMU.
+    pub fn no_iommu(&self) -> bool {
+        matches!(self, Self::Platform { no_iommu: true, .. })
+    }
+}
+
+impl fmt::Display for DeviceAt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Platform { device, .. } => f.write_str(device),
+            Self::Socket(path) => path.display().fmt(f),
+        }
+    }
 }
 
 /// What an engine is.
@@ -161,7 +189,7 @@ pub struct EngineConfig {
     /// What it is.
     pub kind: EngineType,
     /// Where it is.
-    pub at: EngineAt,
+    pub at: DeviceAt,
     /// Worker that owns it.
     pub worker: usize,
     /// Part of the outbound packets that are verified.
@@ -246,12 +274,12 @@ pub(super) fn check(
             wrong("no_iommu", "\"no_iommu\" needs \"device\"".into());
         }
         let place = match (&t.device, &t.socket) {
-            (Some(device), None) => Some(EngineAt::Platform {
+            (Some(device), None) => Some(DeviceAt::Platform {
                 device: device.clone(),
                 registers: t.registers.clone(),
                 no_iommu: t.no_iommu,
             }),
-            (None, Some(socket)) => Some(EngineAt::Socket(dir.join(socket))),
+            (None, Some(socket)) => Some(DeviceAt::Socket(dir.join(socket))),
             _ => {
                 wrong(
                     "device",
@@ -306,13 +334,15 @@ impl AssumeTable {
             mine: unaligned_data ring_offset length_counts_icv counter_mode_in_packet_mode
                   one_number_at_a_time pointers_survive,
             others: gcm udp_source_port_high udp_ports_equal in_flight slots ring lossless batch
-                  scrub_staging first_number copies_df pads_least ttl)))
+                  scrub_staging first_number copies_df pads_least knows_by_content
+                  ttl)))
     }
 
     fn soe(&self) -> Result<EngineType, &'static str> {
         Ok(EngineType::Soe(readings!(self, Assumptions::default(),
             mine: gcm udp_source_port_high udp_ports_equal in_flight slots ring lossless batch
-                  scrub_staging first_number copies_df pads_least ttl,
+                  scrub_staging first_number copies_df pads_least knows_by_content
+                  ttl,
             others: unaligned_data ring_offset length_counts_icv counter_mode_in_packet_mode
                   one_number_at_a_time pointers_survive)))
     }

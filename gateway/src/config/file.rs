@@ -1,5 +1,6 @@
 //! The file as it is written: one struct per table. The comments are the descriptions in the JSON schema.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
@@ -7,9 +8,11 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::engine::EngineTable;
-use super::port::{AfXdpMode, Fault, PortKindName, Side, SocketRole};
+use super::ike::IkeTable;
+use super::port_table::PortTable;
 use super::value::{Mac, Prefix};
 use crate::engine::choice::Objective;
+use crate::worker::PuntLimits;
 
 /// Configuration of an Esplanade gateway.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
@@ -29,14 +32,22 @@ pub(super) struct FileConfig {
     pub route: Vec<RouteTable>,
     /// Static neighbours.
     pub neighbour: Vec<NeighbourTable>,
+    /// What is mirrored of the kernel's tables.
+    pub kernel: Kernel,
     /// Bounds of the SA store.
     pub sas: Sas,
+    /// SAs and policies that an IKE daemon puts into the kernel.
+    pub ike: IkeTable,
     /// Durable sequence numbers.
     pub leases: Leases,
+    /// What happens between a soft limit and the end of the old SA.
+    pub rekey: Rekey,
     /// Crypto providers.
     pub crypto: Crypto,
     /// Reassembly of fragmented ESP packets.
     pub reassembly: Reassembly,
+    /// Bounds of what is given to the kernel through the ports' TAPs.
+    pub exception: Exception,
     /// Scrape endpoint.
     pub metrics: Metrics,
     /// Control socket.
@@ -133,142 +144,6 @@ impl Default for Memory {
     }
 }
 
-/// A port.
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct PortTable {
-    /// Name, unique: metrics, logs and routes refer to it.
-    pub name: String,
-    /// What it is made of.
-    pub kind: PortKindName,
-    /// "inside": outbound policies decide about what arrives. "outside": ESP is decrypted and clear traffic is held against the inbound policies.
-    pub side: Side,
-    /// Interface (af_xdp, tap). The name of the port when not given.
-    pub interface: Option<String>,
-    /// Queue pairs. One for each worker, as far as the port has them, when not given.
-    pub queues: Option<u16>,
-    /// 802.1Q tag, 1 to 4094. Ports with different tags may share an interface.
-    pub vlan: Option<u16>,
-    /// Ethernet address. The interface's own when not given.
-    pub mac: Option<Mac>,
-    /// Largest IP packet in bytes. The interface's when not given.
-    pub mtu: Option<u16>,
-    /// Own addresses with their networks.
-    #[serde(default)]
-    pub addresses: Vec<Prefix>,
-    /// Routing table of its packets.
-    #[serde(default)]
-    pub vrf: u16,
-    /// Settings of an af_xdp port.
-    pub af_xdp: Option<AfXdpTable>,
-    /// Settings of a pcap port.
-    pub pcap: Option<PcapTable>,
-    /// Settings of a memory port.
-    pub memory: Option<MemoryTable>,
-    /// Settings of a vhost-user port.
-    #[serde(rename = "vhost-user")]
-    pub vhost_user: Option<VhostUserTable>,
-    /// Settings of a vfio port.
-    pub vfio: Option<VfioTable>,
-    /// Faults put into what the port receives, for tests.
-    pub fault: Option<Fault>,
-}
-
-/// Settings of an af_xdp port.
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct AfXdpTable {
-    /// How the interface is reached.
-    pub mode: AfXdpMode,
-    /// Entries of each ring, a power of two.
-    pub ring: u32,
-    /// UDP ports whose ESP packets are taken beside plain ESP, 1 to 8 of them.
-    pub steer_udp_ports: Vec<u16>,
-    /// Destinations whose packets are taken. When not given: what the outbound policies protect (inside), nothing (outside).
-    pub steer_destinations: Option<Vec<Prefix>>,
-    /// Whether every IP packet is taken.
-    pub steer_all: bool,
-}
-
-impl Default for AfXdpTable {
-    fn default() -> Self {
-        Self {
-            mode: AfXdpMode::Auto,
-            ring: 2048,
-            steer_udp_ports: vec![4500],
-            steer_destinations: None,
-            steer_all: false,
-        }
-    }
-}
-
-/// Settings of a pcap port.
-#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct PcapTable {
-    /// Capture to receive from. Nothing is received when not given.
-    pub read: Option<PathBuf>,
-    /// Capture to write what is sent to; overwritten.
-    pub write: Option<PathBuf>,
-    /// How many times the input is read; 0 is for ever.
-    #[serde(rename = "loop")]
-    pub repeat: Option<u64>,
-}
-
-/// Settings of a memory port.
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct MemoryTable {
-    /// Name of the port at the other end.
-    pub peer: String,
-    /// Frames that the ring to the peer holds.
-    #[serde(default = "memory_ring")]
-    pub ring: u32,
-}
-
-/// Settings of a vhost-user port.
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct VhostUserTable {
-    /// Path of the socket; a relative one is seen from this file.
-    pub socket: PathBuf,
-    /// "server": the gateway makes the socket and peers connect. "client": the peer makes it.
-    #[serde(default)]
-    pub role: SocketRole,
-    /// Access rights of a socket that the gateway makes, in octal.
-    #[serde(default = "socket_mode")]
-    pub mode: String,
-}
-
-fn socket_mode() -> String {
-    "0600".into()
-}
-
-const fn memory_ring() -> u32 {
-    1024
-}
-
-/// Settings of a vfio port.
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct VfioTable {
-    /// PCI address, as `esplanade devices` shows it: "0000:01:00.0". The device is bound to vfio-pci before.
-    pub device: String,
-    /// Whether frames for other Ethernet addresses are received. Needed, and set, with a "mac" of one's own.
-    #[serde(default)]
-    pub promiscuous: bool,
-    /// Descriptors of each receive ring, a power of two. The driver's choice when not given.
-    pub rx_ring: Option<u32>,
-    /// Descriptors of each send ring, a power of two. The driver's choice when not given.
-    pub tx_ring: Option<u32>,
-    /// Whether the device may be used where no IOMMU confines it: it can then write to all of the machine's memory.
-    #[serde(default)]
-    pub no_iommu: bool,
-    /// Whether a driver that was not verified on real hardware may be used.
-    #[serde(default)]
-    pub experimental: bool,
-}
-
 /// A static route: exactly one of `port` or `via`, `tunnel`, `blackhole`.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -301,6 +176,58 @@ pub struct NeighbourTable {
     pub port: String,
 }
 
+/// What becomes of destinations that the kernel reaches over interfaces that are no ports.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Foreign {
+    /// The kernel gets the packets by the exception path.
+    #[default]
+    Punt,
+    /// The packets are dropped.
+    Drop,
+}
+
+/// What is mirrored of the kernel's tables, so that routing daemons, `ip` and the kernel's neighbour discovery work for the gateway. Static routes and neighbours of this file win at equal prefix length.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Kernel {
+    /// Whether routes are mirrored.
+    pub routes: bool,
+    /// Whether neighbours are mirrored, and the kernel is asked to find those that are not known.
+    pub neighbours: bool,
+    /// Whether addresses of the host are the gateway's own.
+    pub addresses: bool,
+    /// The kernel's routing tables for VRF 0, beside the local one: numbers as in `ip route show table`. Longest prefix first over all; at equal length an earlier table wins.
+    pub tables: Vec<u32>,
+    /// Names of the kernel's VRF devices, and the VRFs that their tables are here.
+    pub vrfs: BTreeMap<String, u16>,
+    /// "punt": packets to destinations beyond interfaces that are no ports go to the kernel, which forwards them if it is set up to. "drop": they are dropped.
+    pub foreign: Foreign,
+    /// Bytes that the kernel may queue for the gateway. When they do not suffice everything is read again.
+    pub receive_buffer: u32,
+}
+
+impl Default for Kernel {
+    fn default() -> Self {
+        Self {
+            routes: false,
+            neighbours: false,
+            addresses: false,
+            tables: vec![254],
+            vrfs: BTreeMap::new(),
+            foreign: Foreign::Punt,
+            receive_buffer: 32 << 20,
+        }
+    }
+}
+
+impl Kernel {
+    /// Whether anything is mirrored.
+    pub fn enabled(&self) -> bool {
+        self.routes || self.neighbours || self.addresses
+    }
+}
+
 /// Bounds of the SA store.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -327,6 +254,72 @@ impl Default for Leases {
     fn default() -> Self {
         Self {
             path: "/var/lib/esplanade/leases".into(),
+        }
+    }
+}
+
+/// What happens between a soft limit and the end of the old SA, for SAs of files. An IKE daemon decides for its own.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Rekey {
+    /// Per cent by which soft limits come earlier at most, each by chance: SAs that began together do not expire together.
+    pub jitter_percent: u8,
+    /// Milliseconds from the time every worker has a successor until the tunnel sends on it: what the peer needs to install its side.
+    pub switch_delay_ms: u32,
+    /// Milliseconds that a superseded inbound SA stays at least, whether or not the files still name it.
+    pub overlap_ms: u32,
+    /// Milliseconds without a packet on it before it goes.
+    pub quiet_ms: u32,
+    /// Milliseconds after which it goes in any case.
+    pub overlap_max_ms: u32,
+    /// Per cent of the way from the soft to the hard limit after which a missing successor is an alarm (`rekey_overdue`).
+    pub overdue_percent: u8,
+    /// Program that is run when a successor is wanted: arguments tunnel, SA, direction and reason. It brings the successor by writing SA files.
+    pub hook: Option<PathBuf>,
+    /// Milliseconds that it may run; then it is killed with its process group.
+    pub hook_timeout_ms: u32,
+    /// How many may run at once.
+    pub hook_parallel: u16,
+    /// Milliseconds from the end of one attempt to the next while no successor has come; doubles with each.
+    pub retry_ms: u32,
+    /// Most milliseconds between two attempts.
+    pub retry_max_ms: u32,
+}
+
+impl Default for Rekey {
+    fn default() -> Self {
+        Self {
+            jitter_percent: 10,
+            switch_delay_ms: 2000,
+            overlap_ms: 30_000,
+            quiet_ms: 5000,
+            overlap_max_ms: 600_000,
+            overdue_percent: 50,
+            hook: None,
+            hook_timeout_ms: 30_000,
+            hook_parallel: 4,
+            retry_ms: 10_000,
+            retry_max_ms: 300_000,
+        }
+    }
+}
+
+impl Rekey {
+    /// As control takes it.
+    pub fn config(&self) -> control::rekey::Config {
+        let ms = |n: u32| std::time::Duration::from_millis(u64::from(n));
+        control::rekey::Config {
+            jitter_percent: self.jitter_percent,
+            switch_delay: ms(self.switch_delay_ms),
+            overlap: ms(self.overlap_ms),
+            quiet: ms(self.quiet_ms),
+            overlap_max: ms(self.overlap_max_ms),
+            overdue_percent: self.overdue_percent,
+            hook: self.hook.clone(),
+            hook_timeout: ms(self.hook_timeout_ms),
+            hook_parallel: usize::from(self.hook_parallel),
+            retry: ms(self.retry_ms),
+            retry_max: ms(self.retry_max_ms),
         }
     }
 }
@@ -371,6 +364,57 @@ impl Default for Reassembly {
             enabled: true,
             max_packets: 256,
             timeout_ms: 1000,
+        }
+    }
+}
+
+/// Bounds of what is given to the kernel through the ports' TAPs. Rates are frames per second, for each port and worker; what is beyond is dropped as `punt_limit`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Exception {
+    /// IKE.
+    pub ike: u32,
+    /// Routing and redundancy protocols: BGP, OSPF, IS-IS, RIP, LDP, BFD, PIM, IGMP, VRRP.
+    pub routing: u32,
+    /// ARP and neighbour discovery.
+    pub neighbour: u32,
+    /// Other ICMP.
+    pub icmp: u32,
+    /// Everything else: ssh, DNS, what is not IP.
+    pub other: u32,
+    /// Frames that a worker writes in one poll round, the most important class first.
+    pub per_round: u16,
+}
+
+impl Default for Exception {
+    fn default() -> Self {
+        let PuntLimits {
+            rates: [ike, routing, neighbour, icmp, other],
+            per_round,
+        } = PuntLimits::default();
+        Self {
+            ike,
+            routing,
+            neighbour,
+            icmp,
+            other,
+            per_round,
+        }
+    }
+}
+
+impl Exception {
+    /// As workers want it.
+    pub fn limits(&self) -> PuntLimits {
+        PuntLimits {
+            rates: [
+                self.ike,
+                self.routing,
+                self.neighbour,
+                self.icmp,
+                self.other,
+            ],
+            per_round: self.per_round,
         }
     }
 }
@@ -465,4 +509,6 @@ pub struct Privileges {
 pub struct Test {
     /// Makes a run repeat exactly, IVs included: the lease store is thrown away, so this is refused together with af_xdp, vfio or tap ports.
     pub seed: Option<u64>,
+    /// Milliseconds that news of the kernel's SAs are looked at later than they come.
+    pub netlink_delay_ms: u16,
 }

@@ -7,21 +7,26 @@ mod check;
 mod decode;
 mod engine;
 mod file;
+mod ike;
 mod port;
+mod port_table;
 mod problem;
 mod value;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-pub use engine::{EngineAt, EngineConfig, EngineKind, EngineTable, EngineType};
+pub use engine::{DeviceAt, EngineConfig, EngineKind, EngineTable, EngineType};
 pub use file::{
-    Api, Crypto, Huge, Idle, Leases, Log, LogFormat, Memory, Metrics, NeighbourTable, PortTable,
-    Privileges, Reassembly, RouteTable, Sas, Test, Workers,
+    Api, Crypto, Exception, Foreign, Huge, Idle, Kernel, Leases, Log, LogFormat, Memory, Metrics,
+    NeighbourTable, Privileges, Reassembly, Rekey, RouteTable, Sas, Test, Workers,
 };
+pub use ike::{IkeConfig, IkeTable, TakeTable};
 pub use port::{
-    AfXdpMode, Fault, Nic, PortConfig, PortKind, PortKindName, Repeat, Side, SocketRole, Steer,
+    AfXdpMode, Airoha, Fault, Nic, PortConfig, PortKind, PortKindName, Repeat, Side, SocketRole,
+    Steer,
 };
+pub use port_table::PortTable;
 pub use problem::{Place, Problem, Problems};
 pub use value::{Mac, Prefix};
 
@@ -42,16 +47,22 @@ pub struct GatewayConfig {
     pub routes: Vec<RouteConfig>,
     /// Static neighbours.
     pub neighbours: Vec<NeighbourConfig>,
+    /// What is mirrored of the kernel's tables.
+    pub kernel: Kernel,
     /// SA files and directories of them.
     pub sa_files: Vec<PathBuf>,
     /// Bounds of the SA store.
     pub sas: Sas,
     /// Durable sequence numbers.
     pub leases: Leases,
+    /// Rekeys.
+    pub rekey: Rekey,
     /// Crypto providers.
     pub crypto: Crypto,
     /// Reassembly of fragmented ESP packets.
     pub reassembly: Reassembly,
+    /// Bounds of what is given to the kernel.
+    pub exception: Exception,
     /// Scrape endpoint; `None`: no HTTP.
     pub metrics: Option<SocketAddr>,
     /// How many SAs are exposed one by one.
@@ -62,6 +73,8 @@ pub struct GatewayConfig {
     pub log: Log,
     /// User and group after the start.
     pub privileges: Privileges,
+    /// SAs and policies of an IKE daemon.
+    pub ike: Option<IkeConfig>,
     /// Seed of deterministic runs.
     pub test_seed: Option<u64>,
 }

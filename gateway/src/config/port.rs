@@ -2,9 +2,11 @@
 
 use std::path::PathBuf;
 
+use pmd::airoha::Gdm;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::engine::DeviceAt;
 use super::value::{Mac, Prefix};
 
 /// Which side of the gateway a port is on.
@@ -34,6 +36,8 @@ pub enum PortKindName {
     VhostUser,
     /// A NIC that the gateway owns, through VFIO.
     Vfio,
+    /// A port of the Ethernet block of Airoha's EN7581. Experimental: no board has run its driver.
+    Airoha,
 }
 
 /// Who opens a vhost-user socket.
@@ -88,6 +92,21 @@ pub struct Nic {
     pub no_iommu: bool,
     /// Whether drivers that nothing has verified may be used.
     pub experimental: bool,
+}
+
+/// A port of an EN7581's Ethernet block. The block's other ports and its secure offload engine may name the same device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Airoha {
+    /// Where the block is.
+    pub at: DeviceAt,
+    /// Which of its MACs.
+    pub gdm: Gdm,
+    /// QDMA instance.
+    pub instance: u8,
+    /// Worker that owns the block.
+    pub worker: usize,
+    /// Own address: the MACs' registers stay with the kernel.
+    pub mac: Mac,
 }
 
 /// How often a capture is read.
@@ -161,6 +180,8 @@ pub enum PortKind {
     },
     /// A NIC through VFIO.
     Vfio(Nic),
+    /// A port of an Ethernet block.
+    Airoha(Airoha),
 }
 
 impl PortKind {
@@ -173,6 +194,7 @@ impl PortKind {
             Self::Memory { .. } => PortKindName::Memory,
             Self::VhostUser { .. } => PortKindName::VhostUser,
             Self::Vfio(_) => PortKindName::Vfio,
+            Self::Airoha(_) => PortKindName::Airoha,
         }
     }
 
@@ -203,6 +225,8 @@ pub struct PortConfig {
     pub addresses: Vec<Prefix>,
     /// Routing table of its packets.
     pub vrf: u16,
+    /// The kernel's side of the port: name of the TAP interface to make.
+    pub tap: Option<String>,
     /// Faults for tests.
     pub fault: Option<Fault>,
 }

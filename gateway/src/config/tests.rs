@@ -57,6 +57,82 @@ fn the_shipped_schema_is_current() {
     );
 }
 
+fn airoha(name: &str, more: &str) -> String {
+    format!(
+        "[[port]]\nname = \"{name}\"\nkind = \"airoha\"\nside = \"inside\"\nmac = \"02:00:00:00:00:01\"\n[port.airoha]\n{more}\n"
+    )
+}
+
+#[test]
+fn ports_and_engine_of_a_block_share_its_device() {
+    let block = "device = \"1fb50000.ethernet\"\nexperimental = true\nno_iommu = true\nworker = 1";
+    let text = format!(
+        "[workers]\ncount = 2\n{}{}[[engine]]\nname = \"soe0\"\nkind = \"soe\"\ndevice = \"1fb50000.ethernet\"\n\
+         registers = \"1fbfa000.soe\"\nno_iommu = true\nworker = 1\n",
+        airoha("lan", &format!("{block}\ngdm = 1")),
+        airoha("wan", &format!("{block}\ngdm = 2"))
+    );
+    let c = parse(&text, Path::new("g.toml")).unwrap_or_else(|p| panic!("{p}"));
+    let instances: Vec<_> = c
+        .ports
+        .iter()
+        .map(|p| match &p.kind {
+            PortKind::Airoha(a) => (a.instance, a.at.is_same(&c.engines[0].at)),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(instances, [(0, true), (1, true)]);
+}
+
+#[test]
+fn what_a_block_cannot_share_is_refused() {
+    let text = [
+        airoha("a", "socket = \"s\"\ngdm = 1\nexperimental = true"),
+        airoha(
+            "b",
+            "socket = \"s\"\ngdm = 2\nexperimental = true\nworker = 1",
+        ),
+        airoha("c", "socket = \"s\"\ngdm = 1\nexperimental = true"),
+        "[[engine]]\nname = \"e\"\nkind = \"eip93\"\nsocket = \"s\"\nworker = 1\n".into(),
+        "[[engine]]\nname = \"f\"\nkind = \"soe\"\nsocket = \"s\"\n".into(),
+        "[workers]\ncount = 2\n".into(),
+    ];
+    let all = problems(&text.concat());
+    for want in [
+        "s belongs to worker 0 by port \"a\", to worker 1 here; a block has one owner",
+        "interface GDM 1 of s is already port \"a\"",
+        "s is the Ethernet block of port \"a\", no EIP-93",
+        "s belongs to worker 0 by port \"a\", to worker 1 here",
+        "s is already engine \"e\"",
+    ] {
+        assert!(
+            all.iter().any(|p| p.contains(want)),
+            "{want} is not in {all:#?}"
+        );
+    }
+    assert_eq!(all.len(), 5, "{all:#?}");
+    let bare = airoha("a", "gdm = 5\nqdma = 2\nworker = 3\nno_iommu = true");
+    let all = problems(&bare.replace("mac = \"02:00:00:00:00:01\"", "queues = 2"));
+    for want in [
+        "no board has run this driver",
+        "exactly one of \"device\", \"socket\"",
+        "there is no GDM 5",
+        "\"qdma\" is 0 or 1",
+        "there is no worker 3",
+        "\"no_iommu\" needs \"device\"",
+        "has one queue",
+        "needs \"mac\"",
+    ] {
+        assert!(
+            all.iter().any(|p| p.contains(want)),
+            "{want} is not in {all:#?}"
+        );
+    }
+    assert_eq!(all.len(), 8, "{all:#?}");
+    let all = problems("[[port]]\nname = \"a\"\nkind = \"airoha\"\nside = \"inside\"\n");
+    assert!(all[0].contains("needs [port.airoha]"), "{all:?}");
+}
+
 #[test]
 fn a_minimal_file_gets_the_documented_defaults() {
     let c = parse(MINIMAL, Path::new("/etc/esplanade/g.toml")).unwrap();
@@ -221,5 +297,25 @@ fn a_vfio_port_names_its_device() {
     ] {
         let found = problems(&with(table));
         assert!(found.iter().any(|p| p.contains(what)), "{table}: {found:?}");
+    }
+}
+
+#[test]
+fn the_kernel_table_says_what_is_wrong_with_it() {
+    let with = |kernel: &str| problems(&format!("{MINIMAL}\n[kernel]\n{kernel}\n"));
+    assert!(with("routes = true\ntables = [100, 254]\nvrfs = { blue = 1 }").is_empty());
+    for (text, what) in [
+        ("tables = [255]", "always used"),
+        ("tables = [100, 100]", "twice"),
+        ("receive_buffer = 100", "2048 to"),
+        (
+            "vrfs = { a-name-that-is-too-long = 1 }",
+            "no name of a device",
+        ),
+        ("foreign = \"accept\"", "accept"),
+        ("routes = true\n[test]\nseed = 1", "repeated"),
+    ] {
+        let found = with(text);
+        assert!(found.iter().any(|p| p.contains(what)), "{text}: {found:?}");
     }
 }

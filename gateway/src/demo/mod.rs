@@ -137,7 +137,7 @@ impl End {
 
 /// Runs the demo.
 pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
-    crate::cli::log_to_stderr("warn", false);
+    crate::cli::log::to_stderr("warn", false);
     let outcome = Demo::start(args).and_then(|mut d| {
         d.flow(args)?;
         d.finish()

@@ -14,13 +14,14 @@ use sa_store::fib::{Fib, Neighbours, Route, RouteTo};
 use sa_store::file::Config;
 use sa_store::lease::{LeaseError, LeaseStore, LeaseWriter};
 use sa_store::ledger::{Balance, WorkerCounters};
+use sa_store::local::Locals;
 use sa_store::sa::Vrf;
 
 use super::tunnels::Site;
 use crate::app::{AssemblyConfig, OpenPort, Plane, PlaneParts, PortView, assemble};
 use crate::crypto::select::Selection;
 use crate::engine::Park;
-use crate::worker::{Crew, Locals, PortSetup, Side};
+use crate::worker::{Crew, PortSetup, Side};
 
 const INSIDE: u16 = 0;
 const OUTSIDE: u16 = 1;
@@ -66,6 +67,8 @@ impl Gateway {
                     shares: None,
                 },
                 queues: Box::new(port).queues(1, arena)?,
+                taps: Vec::new(),
+                worker: None,
             });
             views.push(PortView {
                 name: name.into(),
@@ -106,6 +109,7 @@ impl Gateway {
             hits: assembled.hits,
             reports: assembled.reports,
             ports: views,
+            mtus: assembled.mtus,
             stats: assembled.port_stats,
             capture: Capture::new(1),
             arena: Arc::clone(arena),
@@ -122,6 +126,9 @@ impl Gateway {
             plane: Arc::new(plane),
             sa_files: Vec::new(),
             metrics_max_sas: 1000,
+            kernel: None,
+            // Both gateways are given each step in the same moment.
+            rekey: control::rekey::Config::immediate(),
         });
         let loaded = control.apply(config);
         if !loaded.ok {

@@ -5,9 +5,7 @@ use std::sync::Arc;
 
 use sa_store::cipher::SaCipher;
 use sa_store::runtime::{Install, Place, SaEntry, Start, TunnelIdx};
-use sa_store::sa::{
-    Df, Direction, Dscp, IfId, Limits, Mode, OffloadMode, SaId, SaKeys, SaSpec, Spi, Tfc, Vrf,
-};
+use sa_store::sa::{Direction, OffloadMode, SaId, SaKeys, SaSpec, Spi};
 use sa_store::suite::Suite;
 
 /// Documentation addresses, RFC 5737.
@@ -32,33 +30,10 @@ impl Private {
     /// The SA: an IPv4 tunnel that every engine can carry.
     pub(super) fn entry(self) -> Arc<SaEntry> {
         let spec = SaSpec {
-            name: self.name.into(),
-            tunnel: self.name.into(),
-            direction: self.direction,
-            spi: self.spi,
             src: HERE.into(),
             dst: THERE.into(),
-            mode: Mode::Tunnel,
-            suite: self.suite,
-            keys: self.keys,
-            encap: None,
-            esn: false,
-            replay_window: 64,
-            first_use: true,
-            soft: Limits::default(),
-            hard: Limits::default(),
-            dscp: Dscp::Copy,
-            df: Df::Copy,
-            ecn: true,
-            ttl: 64,
-            pmtu: None,
-            tfc: Tfc::Off,
-            mss_clamp: false,
-            vrf: Vrf::default(),
-            if_id: IfId::default(),
-            selectors: Vec::new(),
             offload: self.offload,
-            engine: None,
+            ..SaSpec::plain(self.name, self.direction, self.spi, self.suite, self.keys)
         };
         let install = Install {
             id: self.id,

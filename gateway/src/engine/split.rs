@@ -81,6 +81,10 @@ impl EspEngine for Split {
         self.engine.is_healthy()
     }
 
+    fn is_present(&self) -> bool {
+        self.engine.is_present()
+    }
+
     fn drain(&mut self, patience: Duration, done: &mut Vec<EspJob>) -> bool {
         self.engine.drain(patience, done)
     }

@@ -22,36 +22,21 @@ pub fn spec(suite: Suite, mode: Mode, family: Family, udp: bool) -> SaSpec {
         (Mode::Transport, Family::V6) => ("2001:db8:1::1", "2001:db8:2::2"),
     };
     SaSpec {
-        name: "s".into(),
         tunnel: "t".into(),
-        direction: Direction::Out,
-        spi: Spi::new(0x1234_5678).unwrap(),
         src: src.parse().unwrap(),
         dst: dst.parse().unwrap(),
         mode,
-        suite,
-        keys: keys(suite, 7),
         encap: udp.then_some(UdpEncap {
             sport: 4500,
             dport: 4500,
         }),
-        esn: false,
-        replay_window: 64,
-        first_use: true,
-        soft: Limits::default(),
-        hard: Limits::default(),
-        dscp: Dscp::Copy,
-        df: Df::Copy,
-        ecn: true,
-        ttl: 64,
-        pmtu: None,
-        tfc: Tfc::Off,
-        mss_clamp: false,
-        vrf: Vrf::default(),
-        if_id: IfId::default(),
-        selectors: Vec::new(),
-        offload: OffloadMode::Software,
-        engine: None,
+        ..SaSpec::plain(
+            "s",
+            Direction::Out,
+            Spi::new(0x1234_5678).unwrap(),
+            suite,
+            keys(suite, 7),
+        )
     }
 }
 

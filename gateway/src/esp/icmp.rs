@@ -32,6 +32,8 @@ pub enum IcmpError {
     Prohibited,
     /// No route to the destination.
     NoRoute,
+    /// The destination's link address cannot be found.
+    HostUnreachable,
 }
 
 impl IcmpError {
@@ -41,6 +43,7 @@ impl IcmpError {
             Self::TimeExceeded => (v4::TIME_EXCEEDED, 0, 0),
             Self::Prohibited => (v4::UNREACHABLE, 13, 0),
             Self::NoRoute => (v4::UNREACHABLE, 0, 0),
+            Self::HostUnreachable => (v4::UNREACHABLE, 1, 0),
         }
     }
 
@@ -52,6 +55,7 @@ impl IcmpError {
             Self::TimeExceeded => (v6::TIME_EXCEEDED, 0, 0),
             Self::Prohibited => (1, 1, 0),
             Self::NoRoute => (1, 0, 0),
+            Self::HostUnreachable => (1, 3, 0),
         }
     }
 }
@@ -199,6 +203,10 @@ pub fn fuzz_icmp(data: &[u8]) {
     if let Ok(p) = crate::wire::parse_ip(data, crate::wire::NattPorts::default()) {
         for error in [IcmpError::TooBig { mtu: 1400 }, IcmpError::TimeExceeded] {
             let _ = may_answer(&p, error);
+        }
+        let _ = crate::wire::quote::QuotingError::checksum_ok(data, &p);
+        if let Some(e) = crate::wire::quote::QuotingError::read(data, &p) {
+            assert_eq!(e.quoted.answered().answered(), e.quoted);
         }
     }
 }

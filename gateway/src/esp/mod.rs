@@ -19,7 +19,7 @@ pub mod reassembly;
 #[cfg(test)]
 mod roundtrip;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 use pmd::Frame;
 

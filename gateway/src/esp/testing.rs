@@ -4,15 +4,15 @@ use std::sync::Arc;
 
 use pmd::{Arena, ArenaConfig, Frame, HugePolicy, Pool};
 
-pub(super) use super::fuzz::spec;
+pub(crate) use super::fuzz::spec;
 use crate::wire::ipv4::Ipv4Repr;
 use crate::wire::ipv6::Ipv6Repr;
 use crate::wire::udp::UdpRepr;
 use crate::wire::{Family, NattPorts, Parsed, checksum, parse_ip, proto};
 
-pub(super) const NATT: NattPorts = NattPorts([4500, 4500]);
+pub(crate) const NATT: NattPorts = NattPorts([4500, 4500]);
 
-pub(super) fn pool(frames: u32, stride: u32) -> (Arc<Arena>, Pool) {
+pub(crate) fn pool(frames: u32, stride: u32) -> (Arc<Arena>, Pool) {
     let arena = Arena::new(ArenaConfig {
         frames,
         stride,
@@ -25,27 +25,27 @@ pub(super) fn pool(frames: u32, stride: u32) -> (Arc<Arena>, Pool) {
     (arena, pool)
 }
 
-pub(super) fn frame(pool: &mut Pool, bytes: &[u8]) -> Frame {
+pub(crate) fn frame(pool: &mut Pool, bytes: &[u8]) -> Frame {
     let mut f = pool.get().unwrap();
     assert!(f.set_data(bytes));
     f
 }
 
-pub(super) fn parsed(bytes: &[u8]) -> Parsed {
+pub(crate) fn parsed(bytes: &[u8]) -> Parsed {
     parse_ip(bytes, NATT).unwrap()
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct Ip {
-    pub(super) family: Family,
-    pub(super) tos: u8,
-    pub(super) ttl: u8,
-    pub(super) frag: u16,
-    pub(super) id: u16,
+pub(crate) struct Ip {
+    pub(crate) family: Family,
+    pub(crate) tos: u8,
+    pub(crate) ttl: u8,
+    pub(crate) frag: u16,
+    pub(crate) id: u16,
 }
 
 impl Ip {
-    pub(super) fn new(family: Family) -> Self {
+    pub(crate) fn new(family: Family) -> Self {
         Self {
             family,
             tos: 0,
@@ -55,7 +55,7 @@ impl Ip {
         }
     }
 
-    pub(super) fn packet(self, next: u8, payload: &[u8]) -> Vec<u8> {
+    pub(crate) fn packet(self, next: u8, payload: &[u8]) -> Vec<u8> {
         match self.family {
             Family::V4 => {
                 let mut h = [0u8; 20];
@@ -90,7 +90,7 @@ impl Ip {
     }
 
     /// UDP with a right checksum and `n` counted bytes.
-    pub(super) fn udp(self, n: usize) -> Vec<u8> {
+    pub(crate) fn udp(self, n: usize) -> Vec<u8> {
         let body: Vec<u8> = (0..n).map(|i| i.to_le_bytes()[0]).collect();
         let mut h = [0u8; 8];
         UdpRepr {
@@ -108,7 +108,7 @@ impl Ip {
 }
 
 /// The checksum that the upper layer at `at` should hold where its field is now zero.
-pub(super) fn transport_checksum(packet: &[u8], at: usize, next: u8) -> u16 {
+pub(crate) fn transport_checksum(packet: &[u8], at: usize, next: u8) -> u16 {
     let len = u32::try_from(packet.len() - at).unwrap();
     let p = parsed(packet);
     let pseudo = match (p.src_ip(), p.dst_ip()) {

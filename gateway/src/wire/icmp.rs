@@ -41,6 +41,8 @@ pub mod v6 {
     pub const TIME_EXCEEDED: u8 = 3;
     /// Echo request.
     pub const ECHO: u8 = 128;
+    /// Router solicitation, the first of neighbour discovery.
+    pub const ROUTER_SOLICITATION: u8 = 133;
     /// Redirect, which RFC 4443 section 2.4 (e.2) treats like an error.
     pub const REDIRECT: u8 = 137;
 

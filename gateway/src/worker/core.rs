@@ -22,6 +22,7 @@ use super::handover::{Handed, Handover, Task};
 use super::inbound::Inbound;
 use super::lane::{Info, cut};
 use super::outbound::Outbound;
+use super::punt::Taps;
 use super::reports::Reports;
 use super::setup::{PipelineConfig, PolicyHits, Side};
 use super::stages::{Stage, StageClock};
@@ -38,6 +39,7 @@ pub(super) struct Shared {
     pub(super) hits: Arc<PolicyHits>,
     pub(super) pool: Pool,
     pub(super) ports: Ports,
+    pub(super) taps: Taps,
     pub(super) handover: Handover,
     pub(super) bank: Bank,
     pub(super) helper: Option<CryptoHelper>,
@@ -71,6 +73,11 @@ impl Shared {
         got
     }
 
+    /// Whether everything that brings frames can wake a sleeping worker.
+    pub(super) fn all_wake(&self) -> bool {
+        self.ports.all_wake() && self.taps.all_wake()
+    }
+
     /// Tells the audit log of a packet that is about to be dropped; see [`Reports::audit`].
     #[cold]
     pub(super) fn audit(
@@ -81,6 +88,19 @@ impl Shared {
         esp: Option<(u32, u32)>,
     ) {
         self.reports.audit(self.now, reason, frame, p, esp);
+    }
+
+    /// Drops a packet and tells the audit log of it.
+    #[inline]
+    pub(super) fn refuse(
+        &mut self,
+        frame: Frame,
+        reason: DropReason,
+        p: &Parsed,
+        esp: Option<(u32, u32)>,
+    ) {
+        self.audit(reason, &frame, p, esp);
+        self.drop(frame, reason);
     }
 
     /// Ends a frame for a good reason.
@@ -101,8 +121,8 @@ impl Shared {
 
     /// Whether the packet is addressed to the gateway.
     #[inline]
-    pub(super) fn is_local(&self, p: &Parsed, vrf: Vrf) -> bool {
-        self.config.locals.contains(vrf, dst_of(p))
+    pub(super) fn is_local(&self, snapshot: &Snapshot, p: &Parsed, vrf: Vrf) -> bool {
+        snapshot.locals.contains(vrf, dst_of(p))
     }
 }
 
@@ -114,6 +134,8 @@ pub(super) struct Core {
     /// A burst whose packets belong to several lanes, see [`Core::distribute`].
     mixed: Vec<Frame>,
     mixed_infos: Vec<Info>,
+    /// What the kernel has sent, with its port.
+    pub(super) injected: Vec<(u16, Frame)>,
     receiving: bool,
     settling: Settling,
 }
@@ -146,6 +168,7 @@ impl Core {
             outbound,
             mixed: Vec::with_capacity(4 * BURST),
             mixed_infos: Vec::with_capacity(4 * BURST),
+            injected: Vec::new(),
             receiving: true,
             settling: Settling::default(),
         }
@@ -157,6 +180,9 @@ impl Core {
         let mut work = 0;
         if self.receiving {
             work += self.receive();
+            if self.shared.taps.is_due(now) {
+                work += self.receive_injected(snapshot);
+            }
         }
         work += self.receive_handed();
         self.shared.stages.mark(Stage::Receive);
@@ -173,9 +199,16 @@ impl Core {
             .ports
             .transmit(&mut self.shared.pool, &self.shared.counters);
         self.flush_handover();
+        work += self
+            .shared
+            .taps
+            .flush(&mut self.shared.pool, &self.shared.counters);
         self.shared.stages.mark(Stage::Transmit);
         self.settle(work);
-        let held = self.shared.ports.backlog() + self.inbound.held() + self.outbound.held();
+        let held = self.shared.ports.backlog()
+            + self.shared.taps.held()
+            + self.inbound.held()
+            + self.outbound.held();
         self.shared.counters.waiting.set(held as u64);
         // Engines wake nobody: as long as they have something, the worker polls.
         work + usize::from(self.shared.bank.is_busy())
@@ -216,6 +249,7 @@ impl Core {
     /// Whether nothing is inside: no backlog, nothing in an engine or in a ring to this worker.
     pub(super) fn is_empty(&self) -> bool {
         self.shared.ports.backlog() == 0
+            && self.shared.taps.held() == 0
             && !self.shared.bank.is_busy()
             && !self.shared.handover.pending()
             && !self
@@ -252,6 +286,7 @@ impl Core {
             self.outbound.report_hits(&shared.hits, usize::MAX);
         }
         shared.ports.abandon(&mut shared.pool, &shared.counters);
+        shared.taps.abandon(&mut shared.pool, &shared.counters);
         let mut late = Vec::new();
         shared.handover.receive(usize::MAX, |h| late.push(h.frame));
         shared.counters.handed_in.add(late.len() as u64);
@@ -259,6 +294,7 @@ impl Core {
             shared.drop(frame, DropReason::Shutdown);
         }
         shared.ports.close(&mut shared.pool);
+        shared.taps.close(&mut shared.pool);
         shared.counters.waiting.set(0);
     }
 
@@ -317,10 +353,13 @@ impl Core {
                 continue;
             }
             if info.p.kind == Kind::NotIp {
-                let reason = wire::parse(frame.data(), shared.natt)
-                    .err()
-                    .unwrap_or(DropReason::NotForUs);
-                shared.drop(frame, reason);
+                match wire::parse(frame.data(), shared.natt) {
+                    Ok(p) => match shared.ports.of_tag(port, p.vlan) {
+                        Some(port) => shared.punt_foreign(frame, &p, port),
+                        None => shared.drop(frame, DropReason::NotForUs),
+                    },
+                    Err(reason) => shared.drop(frame, reason),
+                }
                 continue;
             }
             let p = info.p;
@@ -403,7 +442,7 @@ pub(super) fn src_of(p: &Parsed) -> u128 {
 }
 
 #[inline(always)]
-fn mapped(family: Family, a: u128) -> u128 {
+pub(super) fn mapped(family: Family, a: u128) -> u128 {
     match family {
         Family::V4 => a | 0xffff << 32,
         Family::V6 => a,

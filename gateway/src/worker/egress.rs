@@ -10,7 +10,7 @@ use sa_store::runtime::{SaEntry, TunnelIdx};
 use sa_store::sa::Vrf;
 
 use super::handover::{Handed, Handover, Task};
-use super::setup::{PipelineConfig, Side};
+use super::setup::{Mtus, PipelineConfig, Side};
 use crate::wire::{Frag, Kind, Parsed};
 
 /// Frames that may wait for a full transmit queue, per port.
@@ -28,7 +28,6 @@ struct PortState {
     via: usize,
     tx: Vec<Frame>,
     side: Side,
-    mtu: u16,
     link: Link,
     /// Its frames go to its own queues, untagged: the usual case, decided once.
     plain: bool,
@@ -119,6 +118,7 @@ fn low48([a, b, c, d, e, f]: [u8; 6]) -> u64 {
 /// A worker's ports by number.
 pub(super) struct Ports {
     list: Vec<PortState>,
+    mtus: Mtus,
     routes: RouteCache,
 }
 
@@ -140,7 +140,6 @@ impl Ports {
                 via,
                 tx: Vec::with_capacity(2 * BACKLOG),
                 side: setup.side,
-                mtu: setup.mtu,
                 link: Link {
                     source: low48(setup.mac.0),
                     vlan: setup.vlan,
@@ -163,6 +162,7 @@ impl Ports {
         }
         Self {
             list,
+            mtus: config.mtus.clone(),
             routes: RouteCache::default(),
         }
     }
@@ -253,7 +253,7 @@ impl Ports {
     /// Largest IP packet that the port takes.
     #[inline]
     pub(super) fn mtu(&self, hop: PortHop) -> u16 {
-        self.list.get(hop.port()).map_or(0, |p| p.mtu)
+        self.mtus.get(hop.port())
     }
 
     /// Whether packets that go there may have their UDP checksum left to the port.
@@ -314,6 +314,39 @@ impl Ports {
             Some(vlan) => write_tagged(&mut frame, hop, port.link, vlan),
         };
         if !written {
+            return Err((frame, DropReason::NoRoom));
+        }
+        match self.list.get_mut(usize::from(carrier)) {
+            Some(c) if !c.queues.is_empty() => c.tx.push(frame),
+            _ => handover.stage(
+                via,
+                Handed {
+                    frame,
+                    port: carrier,
+                    task: Task::Send(carrier),
+                },
+            ),
+        }
+        Ok(())
+    }
+
+    /// Queues a complete Ethernet frame without a tag; the port's own is put in.
+    ///
+    /// # Errors
+    /// The frame and why it cannot be sent.
+    pub(super) fn send_frame(
+        &mut self,
+        number: u16,
+        mut frame: Frame,
+        handover: &mut Handover,
+    ) -> Result<(), (Frame, DropReason)> {
+        let Some(port) = self.list.get(usize::from(number)) else {
+            return Err((frame, DropReason::NoRoute));
+        };
+        let (carrier, via) = (port.carrier, port.via);
+        if let Some(vlan) = port.link.vlan
+            && !insert_tag(&mut frame, vlan)
+        {
             return Err((frame, DropReason::NoRoom));
         }
         match self.list.get_mut(usize::from(carrier)) {
@@ -463,6 +496,23 @@ fn write_link(frame: &mut Frame, hop: PortHop, link: Link) -> bool {
     // Two stores that overlap: destination and the start of the source, then source and ethertype.
     header[..8].copy_from_slice(&(hop.0 & MAC | link.source << 48).to_le_bytes());
     header[6..].copy_from_slice(&(link.source | ethertype << 48).to_le_bytes());
+    true
+}
+
+/// Puts a tag into a complete Ethernet frame.
+fn insert_tag(frame: &mut Frame, vlan: u16) -> bool {
+    if frame.len() < ETHERNET || frame.prepend(VLAN_TAG).is_none() {
+        return false;
+    }
+    let Some(header) = frame
+        .data_mut()
+        .first_chunk_mut::<{ ETHERNET + VLAN_TAG }>()
+    else {
+        return false;
+    };
+    header.copy_within(VLAN_TAG..ETHERNET + 2, 0);
+    let [v, w] = vlan.to_be_bytes();
+    header[12..16].copy_from_slice(&[0x81, 0, v, w]);
     true
 }
 

@@ -42,6 +42,12 @@ impl<T> Lane<T> {
         self.infos.is_empty()
     }
 
+    /// Moves the last `packets` before all others. The lane keeps its memory.
+    pub(super) fn bring_forward(&mut self, packets: usize) {
+        self.frames.rotate_right(packets);
+        self.infos.rotate_right(packets);
+    }
+
     /// What is known of the packets.
     #[inline(always)]
     pub(super) fn infos(&self) -> &[T] {
@@ -125,5 +131,37 @@ pub(super) fn cut(frame: &mut Frame, p: &Parsed) {
     let padding = frame.len().saturating_sub(usize::from(p.l3_len));
     if padding != 0 {
         frame.trim_back(padding);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pmd::{Arena, ArenaConfig, Pool};
+
+    #[test]
+    fn packets_moved_to_the_front_keep_their_order_and_what_is_known_of_them() {
+        let arena = Arena::new(ArenaConfig {
+            frames: 16,
+            ..ArenaConfig::default()
+        })
+        .unwrap();
+        let mut pool = Pool::new(&arena, 8);
+        let mut lane = Lane::with_capacity(5);
+        for n in 0_u8..5 {
+            let mut frame = pool.get().unwrap();
+            assert!(frame.set_data(&[n; 20]));
+            lane.push(frame, n);
+        }
+        let room = lane.infos.capacity();
+        lane.bring_forward(2);
+        assert_eq!(lane.infos(), [3, 4, 0, 1, 2]);
+        for (frame, n) in lane.drain() {
+            assert_eq!(frame.data()[0], *n);
+            pool.put(frame);
+        }
+        lane.clear();
+        lane.bring_forward(0);
+        assert_eq!(lane.infos.capacity(), room);
     }
 }

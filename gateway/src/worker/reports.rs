@@ -1,9 +1,13 @@
 //! Reports to control: auditable events, limited in rate, and SAs that need a look. Nothing waits, nothing is allocated.
 
+use std::net::IpAddr;
+
 use pmd::Frame;
 use rtrb::Producer;
 use sa_store::drops::DropReason;
-use sa_store::report::{AuditEvent, Report};
+use sa_store::pmtu::TooBig;
+use sa_store::report::{AuditEvent, Flow, Report};
+use sa_store::runtime::TunnelIdx;
 use sa_store::sa::SaId;
 
 use super::core::{dst_of, src_of};
@@ -15,6 +19,16 @@ pub(crate) const RING: usize = 256;
 /// Events that a worker reports; the others are counted in the next one that is.
 const PER_SECOND: u32 = 20;
 const BURST: u32 = 40;
+/// Tunnels without an SA are told of this often, nanoseconds.
+const ACQUIRE: u64 = 1_000_000_000;
+/// Tunnels that are told apart for that; those that share a place are told of less often.
+const ACQUIRES: usize = 256;
+/// ICMP errors about outer packets: each costs control a look at every SA.
+const TOO_BIG_PER_SECOND: u32 = 10;
+const TOO_BIG_BURST: u32 = 20;
+/// Neighbours that are asked for.
+const UNRESOLVED_PER_SECOND: u32 = 200;
+const UNRESOLVED_BURST: u32 = 100;
 
 /// A worker's way to control.
 pub(super) struct Reports {
@@ -22,6 +36,10 @@ pub(super) struct Reports {
     limit: TokenBucket,
     unreported: u64,
     last_edge: Option<(SaId, u64)>,
+    /// By tunnel: when it was told of next.
+    acquires: Box<[u64; ACQUIRES]>,
+    too_big: TokenBucket,
+    unresolved: TokenBucket,
 }
 
 impl Reports {
@@ -31,6 +49,9 @@ impl Reports {
             limit: TokenBucket::new(PER_SECOND, BURST),
             unreported: 0,
             last_edge: None,
+            acquires: Box::new([0; ACQUIRES]),
+            too_big: TokenBucket::new(TOO_BIG_PER_SECOND, TOO_BIG_BURST),
+            unresolved: TokenBucket::new(UNRESOLVED_PER_SECOND, UNRESOLVED_BURST),
         }
     }
 
@@ -72,6 +93,50 @@ impl Reports {
             Ok(()) => self.unreported = 0,
             Err(_) => self.unreported += 1,
         }
+    }
+
+    /// Tells of a packet whose tunnel has no SA to send on.
+    #[cold]
+    pub(super) fn acquire(&mut self, now: u64, tunnel: TunnelIdx, p: &Parsed) {
+        let Some(due) = self.acquires.get_mut(tunnel.0 as usize % ACQUIRES) else {
+            return;
+        };
+        if now < *due {
+            return;
+        }
+        let flow = Flow {
+            tunnel,
+            src: src_of(p),
+            dst: dst_of(p),
+            proto: p.proto,
+            sport: p.sport,
+            dport: p.dport,
+        };
+        // A full ring: the next packet tells.
+        if self.ring.push(Report::Acquire(flow)).is_ok() {
+            *due = now + ACQUIRE;
+        }
+    }
+
+    /// Tells of an ICMP error about an outer packet. False when there were too many lately.
+    #[cold]
+    pub(super) fn too_big(&mut self, now: u64, error: TooBig) -> bool {
+        self.too_big.allow(now) && self.ring.push(Report::TooBig(error)).is_ok()
+    }
+
+    /// Asks for a neighbour's link address. What is lost is asked again.
+    #[cold]
+    pub(super) fn unresolved(&mut self, now: u64, port: u16, addr: IpAddr) {
+        if self.unresolved.allow(now) {
+            let _ = self.ring.push(Report::Unresolved { port, addr });
+        }
+    }
+
+    /// Tells where a peer's packets come from now.
+    #[cold]
+    pub(super) fn moved(&mut self, sa: SaId, (src, port): (u128, u16)) {
+        // A full ring: it is told again.
+        let _ = self.ring.push(Report::Moved { sa, src, port });
     }
 
     /// Asks for a look at an SA's edge, once a round.

@@ -1,16 +1,14 @@
 //! What a worker is made of; assembled by [`crate::app`] before the worker's thread starts.
 
-use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 
-use hashbrown::HashSet;
 use pmd::port::MacAddr;
 use pmd::{Pool, PortQueue};
 use rtrb::Producer;
 use sa_store::counters::Counter;
-use sa_store::ledger::WorkerCounters;
+use sa_store::ledger::{Punt, WorkerCounters};
 use sa_store::report::Report;
-use sa_store::runtime::mapped;
 use sa_store::sa::Vrf;
 use sa_store::snapshot::Reader;
 use sa_store::spd::Verdict;
@@ -49,35 +47,33 @@ pub struct PortSetup {
     pub shares: Option<u16>,
 }
 
-/// The gateway's own addresses.
-#[derive(Clone, Debug, Default)]
-pub struct Locals(HashSet<(u16, u128), rustc_hash::FxBuildHasher>);
+/// Largest IP packet of each port at present, bytes. The kernel may lower that of an interface while it runs, and raise it
+/// again up to what the port was opened with.
+#[derive(Clone, Debug)]
+pub struct Mtus(Arc<[(u16, AtomicU16)]>);
 
-impl Locals {
-    /// From addresses with their VRF.
-    pub fn new(addresses: impl IntoIterator<Item = (Vrf, IpAddr)>) -> Self {
-        Self(
-            addresses
-                .into_iter()
-                .map(|(v, a)| (v.0, mapped(a)))
-                .collect(),
-        )
+impl Mtus {
+    /// Smallest that is taken over: what every host must be able to receive, RFC 791.
+    const LEAST: u16 = 576;
+
+    /// Those that the ports were opened with.
+    pub fn new(ports: &[PortSetup]) -> Self {
+        let all = ports.iter().map(|p| (p.mtu, AtomicU16::new(p.mtu)));
+        Self(all.collect())
     }
 
-    /// Whether `addr` (IPv4 as IPv4-mapped) is ours in `vrf`.
+    /// A port's.
     #[inline]
-    pub fn contains(&self, vrf: Vrf, addr: u128) -> bool {
-        self.0.contains(&(vrf.0, addr))
+    pub fn get(&self, port: usize) -> u16 {
+        self.0.get(port).map_or(0, |(_, now)| now.load(Relaxed))
     }
 
-    /// Some own address of the family, for the source of ICMP errors.
-    pub fn any(&self, vrf: Vrf, v6: bool) -> Option<IpAddr> {
-        let own = self
-            .0
-            .iter()
-            .filter(|(v, _)| *v == vrf.0)
-            .map(|(_, a)| Ipv6Addr::from(*a).to_canonical());
-        own.filter(|a| a.is_ipv6() == v6).min()
+    /// The kernel has another for a port's interface.
+    pub fn set(&self, port: u16, mtu: u32) {
+        if let Some((opened, now)) = self.0.get(usize::from(port)) {
+            let wanted = u16::try_from(mtu).unwrap_or(u16::MAX);
+            now.store(wanted.max(Self::LEAST).min(*opened), Relaxed);
+        }
     }
 }
 
@@ -86,16 +82,38 @@ impl Locals {
 pub struct PipelineConfig {
     /// Ports by number.
     pub ports: Vec<PortSetup>,
-    /// Own addresses.
-    pub locals: Locals,
+    /// Their largest packets.
+    pub mtus: Mtus,
     /// UDP port, beside 4500, on which NAT-T is expected.
     pub natt_port: u16,
+    /// How long an ESP packet with an unknown SPI waits for its SA, nanoseconds; `None`: not at all.
+    pub hold_unknown: Option<u64>,
     /// Bounds for fragments of ESP packets; `None` drops fragments.
     pub reassembly: Option<ReassemblyConfig>,
     /// Idling.
     pub idle: IdlePolicy,
     /// Flow cache entries per worker.
     pub flow_entries: usize,
+    /// Bounds of what goes to the kernel.
+    pub punt: PuntLimits,
+}
+
+/// Bounds of what one worker gives to the kernel by one port's TAP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PuntLimits {
+    /// Frames per second by class, in the order of [`Punt::ALL`].
+    pub rates: [u32; Punt::COUNT],
+    /// Frames that a worker writes in one poll round, over all ports: each is a system call.
+    pub per_round: u16,
+}
+
+impl Default for PuntLimits {
+    fn default() -> Self {
+        Self {
+            rates: [2000, 5000, 1000, 1000, 10_000],
+            per_round: 16,
+        }
+    }
 }
 
 /// Parts of one worker.
@@ -113,6 +131,8 @@ pub struct WorkerParts {
     pub queues: Vec<Vec<Box<dyn PortQueue>>>,
     /// For each port, a worker that has a queue of it.
     pub queue_owner: Vec<usize>,
+    /// This worker's queue of each port's TAP, by port number.
+    pub taps: Vec<Option<Box<dyn PortQueue>>>,
     /// What ciphers.
     pub bank: Bank,
     /// Ciphers for other workers, where workers help each other.
@@ -158,5 +178,30 @@ impl PolicyHits {
                 c.add(u64::from(packets));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_lowers_a_port_s_mtu_and_raises_it_up_to_what_it_was_opened_with() {
+        let port = PortSetup {
+            name: "wan".into(),
+            side: Side::Outside,
+            vrf: Vrf(0),
+            vlan: None,
+            mac: MacAddr([2, 0, 0, 0, 0, 1]),
+            mtu: 1500,
+            shares: None,
+        };
+        let mtus = Mtus::new(&[port]);
+        for (kernel, ours) in [(1400, 1400), (9000, 1500), (68, 576), (70_000, 1500)] {
+            mtus.set(0, kernel);
+            assert_eq!(mtus.get(0), ours, "{kernel}");
+        }
+        mtus.set(7, 1400);
+        assert_eq!(mtus.get(7), 0);
     }
 }

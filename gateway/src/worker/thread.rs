@@ -15,6 +15,7 @@ use super::core::{Core, Shared};
 use super::egress::Ports;
 use super::handover::Waker;
 use super::idle::{Backoff, Idle};
+use super::punt::Taps;
 use super::reports::Reports;
 use super::setup::WorkerParts;
 use super::stages::{Stage, StageClock, StageTicks};
@@ -47,6 +48,7 @@ impl Worker {
             pool,
             queues,
             queue_owner,
+            taps,
             bank,
             helper,
             handover,
@@ -60,6 +62,7 @@ impl Worker {
             id,
             natt: NattPorts([4500, config.natt_port]),
             ports: Ports::new(&config, queues, queue_owner),
+            taps: Taps::new(&config, taps),
             config,
             counters: Arc::clone(&counters),
             hits: policy_hits,
@@ -123,6 +126,7 @@ impl Worker {
         let waker_ready = {
             let shared = &mut self.core.shared;
             shared.ports.arm(&mut shared.pool);
+            shared.taps.arm(&mut shared.pool);
             shared.handover.waker().announce_sleep();
             let helper = shared.helper.as_ref();
             shared.handover.pending() || helper.is_some_and(CryptoHelper::is_wanted)
@@ -133,18 +137,21 @@ impl Worker {
             self.counters.sleeps.add(1);
             self.wait(longest);
         }
+        self.core.shared.taps.hurry();
         self.core.shared.handover.waker().announce_awake();
         self.backoff.woken();
     }
 
     fn wait(&self, longest: Duration) {
         let shared = &self.core.shared;
-        let due = self.core.outbound.wake_at();
-        let until = due.map_or(u64::MAX, |at| at.saturating_sub(gateway_now(&self.clock)));
+        let now = gateway_now(&self.clock);
+        let due = self.core.outbound.wake_at(now);
+        let until = due.map_or(u64::MAX, |at| at.saturating_sub(now));
         let longest = longest.min(Duration::from_nanos(until));
         let mut fds: Vec<PollFd<'_>> = shared
             .ports
             .wait_fds()
+            .chain(shared.taps.wait_fds())
             .map(|fd: BorrowedFd<'_>| PollFd::new(fd, PollFlags::POLLIN))
             .collect();
         let own = shared.handover.waker().fd();
@@ -166,7 +173,7 @@ impl Worker {
                 self.backoff.worked();
                 continue;
             }
-            if let Idle::Sleep(longest) = self.backoff.idle(self.core.shared.ports.all_wake()) {
+            if let Idle::Sleep(longest) = self.backoff.idle(self.core.shared.all_wake()) {
                 self.sleep(longest);
             }
         }

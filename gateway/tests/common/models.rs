@@ -6,7 +6,7 @@ use esplanade_model::eip93::{self, Eip93};
 use esplanade_model::soe::{self, Soe};
 use esplanade_model::{KnobArgs, Knobs, Model, Running, Server};
 use gateway::app::OpenEngines;
-use gateway::config::{EngineAt, EngineConfig, EngineType};
+use gateway::config::{DeviceAt, EngineConfig, EngineType};
 use gateway::crypto::select::{Choice, Compare, Selection};
 use pmd::Arena;
 use sa_store::cipher::CipherFactory;
@@ -28,7 +28,7 @@ fn serve(name: &str, kind: EngineType, knobs: Arc<Knobs>, model: Box<dyn Model>)
         config: EngineConfig {
             name: name.into(),
             kind,
-            at: EngineAt::Socket(path),
+            at: DeviceAt::Socket(path),
             worker: 0,
             verify: 1.0,
             canary: Duration::from_millis(100),

@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use pmd::BURST;
 use rtrb::{Consumer, Producer, PushError};
 
+use sa_store::ledger::WorkerCounters;
+
 use super::piece::Parcel;
 
 /// Packets of one owner in one round, after which a helper sees to its own.
@@ -71,18 +73,19 @@ impl Post {
 /// A worker's helping hand for the others, polled once a round. It needs no snapshot: what a piece needs it brings along.
 pub struct CryptoHelper {
     posts: Vec<Post>,
+    counters: Arc<WorkerCounters>,
 }
 
 impl CryptoHelper {
-    pub(super) fn new(posts: Vec<Post>) -> Self {
-        Self { posts }
+    pub(super) fn new(posts: Vec<Post>, counters: Arc<WorkerCounters>) -> Self {
+        Self { posts, counters }
     }
 
     /// Ciphers what other workers have put down, a bounded part of it. Returns how many packets that were.
     #[inline]
     pub fn assist(&mut self) -> usize {
         let posts = self.posts.iter_mut();
-        posts
+        let jobs: usize = posts
             .map(|post| {
                 let mut jobs = 0;
                 while jobs < SHARE
@@ -92,7 +95,11 @@ impl CryptoHelper {
                 }
                 jobs
             })
-            .sum()
+            .sum();
+        if jobs != 0 {
+            self.counters.parallel.assisted.add(jobs as u64);
+        }
+        jobs
     }
 
     /// Helps no more: owners cipher what it has not begun.

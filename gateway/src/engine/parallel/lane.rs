@@ -25,6 +25,8 @@ pub(super) struct Lane {
     /// Place of the first of `slots`.
     base: u64,
     slots: VecDeque<Slot>,
+    /// How many of them are ciphered. Pieces are pushed waiting.
+    ready: usize,
     /// The piece that is being filled.
     pub(super) open: Option<Parcel>,
     /// Jobs in a piece.
@@ -39,6 +41,7 @@ impl Lane {
             entry: None,
             base: 0,
             slots: VecDeque::with_capacity(pieces),
+            ready: 0,
             open: None,
             length: 1,
         }
@@ -63,10 +66,10 @@ impl Lane {
         self.entry.as_ref()
     }
 
-    /// Adds a piece at the end; returns its place.
-    pub(super) fn push(&mut self, slot: Slot) -> u64 {
+    /// Adds a piece at the end, to be ciphered; returns its place.
+    pub(super) fn push(&mut self, parcel: Parcel) -> u64 {
         let order = self.next();
-        self.slots.push_back(slot);
+        self.slots.push_back(Slot::Waiting(parcel));
         order
     }
 
@@ -75,10 +78,19 @@ impl Lane {
         self.base + self.slots.len() as u64
     }
 
+    /// Whether pieces are ready behind an oldest one that a helper still has.
+    pub(super) fn is_held_up(&self) -> bool {
+        self.ready != 0 && matches!(self.slots.front(), Some(Slot::Away))
+    }
+
     /// Puts a new state in a piece's place and returns the old one.
     pub(super) fn replace(&mut self, order: u64, slot: Slot) -> Option<Slot> {
         let at = usize::try_from(order.checked_sub(self.base)?).ok()?;
-        Some(std::mem::replace(self.slots.get_mut(at)?, slot))
+        let place = self.slots.get_mut(at)?;
+        self.ready += usize::from(matches!(slot, Slot::Ready(_)));
+        let before = std::mem::replace(place, slot);
+        self.ready -= usize::from(matches!(before, Slot::Ready(_)));
+        Some(before)
     }
 
     /// The oldest piece, if it is ciphered.
@@ -86,6 +98,7 @@ impl Lane {
         match self.slots.pop_front()? {
             Slot::Ready(parcel) => {
                 self.base += 1;
+                self.ready -= 1;
                 Some(parcel)
             }
             other => {

@@ -33,13 +33,18 @@ use std::sync::Arc;
 pub use helper::CryptoHelper;
 pub use owner::ParallelEngine;
 
+use sa_store::ledger::WorkerCounters;
+
 use crate::worker::Waker;
 use gauge::Pressure;
 use helper::Post;
 use owner::Desk;
 
-/// The engine and the helping hand of each worker; the number of wakers is the number of workers.
-pub fn crew(wakers: &Arc<[Waker]>) -> Vec<(ParallelEngine, CryptoHelper)> {
+/// The engine and the helping hand of each worker, with its counters; the number of wakers is the number of workers.
+pub fn crew(
+    wakers: &Arc<[Waker]>,
+    counters: &[Arc<WorkerCounters>],
+) -> Vec<(ParallelEngine, CryptoHelper)> {
     let workers = wakers.len();
     let pressure: Arc<[Pressure]> = (0..workers).map(|_| Pressure::default()).collect();
     let mut desks: Vec<Vec<Desk>> = (0..workers).map(|_| Vec::new()).collect();
@@ -56,8 +61,11 @@ pub fn crew(wakers: &Arc<[Waker]>) -> Vec<(ParallelEngine, CryptoHelper)> {
     }
     let ends = desks.into_iter().zip(posts).enumerate();
     ends.map(|(own, (desks, posts))| {
-        let engine = ParallelEngine::new(own, desks, Arc::clone(wakers), Arc::clone(&pressure));
-        (engine, CryptoHelper::new(posts))
+        let counters = counters.get(own).cloned().unwrap_or_default();
+        let told = Arc::clone(&counters);
+        let engine =
+            ParallelEngine::new(own, desks, Arc::clone(wakers), Arc::clone(&pressure), told);
+        (engine, CryptoHelper::new(posts, counters))
     })
     .collect()
 }

@@ -7,6 +7,7 @@ use arrayvec::ArrayVec;
 use pmd::BURST;
 use pmd::engine::{Capabilities, EngineStats, EspEngine, EspJob, Refusal};
 use rtrb::{Consumer, Producer, PushError, RingBuffer};
+use sa_store::ledger::WorkerCounters;
 use sa_store::runtime::SaEntry;
 use sa_store::sa::SaId;
 use sa_store::snapshot::Snapshot;
@@ -89,6 +90,7 @@ pub struct ParallelEngine {
     /// Jobs of a burst that are not taken.
     refused: Vec<EspJob>,
     in_flight: usize,
+    counters: Arc<WorkerCounters>,
     stats: Arc<EngineStats>,
 }
 
@@ -98,6 +100,7 @@ impl ParallelEngine {
         desks: Vec<Desk>,
         wakers: Arc<[Waker]>,
         pressure: Arc<[Pressure]>,
+        counters: Arc<WorkerCounters>,
     ) -> Self {
         let local = SoftwareEngine::default();
         let pieces = match desks.len() {
@@ -124,6 +127,7 @@ impl ParallelEngine {
             rest: Vec::with_capacity(4 * BURST),
             refused: Vec::with_capacity(4 * BURST),
             in_flight: 0,
+            counters,
             stats: Arc::default(),
         }
     }
@@ -133,6 +137,7 @@ impl ParallelEngine {
         let Self {
             desks,
             lanes,
+            counters,
             stats,
             ..
         } = self;
@@ -141,6 +146,7 @@ impl ParallelEngine {
                 desk.pieces = desk.pieces.saturating_sub(1);
                 desk.away = desk.away.saturating_sub(parcel.jobs.len());
                 stats.completed.add(parcel.jobs.len() as u64);
+                counters.parallel.returned.add(parcel.jobs.len() as u64);
                 let (lane, order) = (parcel.lane, parcel.order);
                 if let Some(lane) = lanes.get_mut(lane) {
                     lane.replace(order, Slot::Ready(parcel));
@@ -180,8 +186,12 @@ impl ParallelEngine {
                 self.in_flight = self.in_flight.saturating_sub(jobs);
                 self.stock.push(parcel);
             }
+            if lane.is_held_up() {
+                self.counters.parallel.held_up.add(1);
+            }
             lane.end();
         }
+        self.counters.parallel.waiting.set(self.in_flight as u64);
     }
 
     /// Gives waiting pieces to helpers that have room.
@@ -191,6 +201,7 @@ impl ParallelEngine {
             waiting,
             lanes,
             pressure,
+            counters,
             stats,
             ..
         } = self;
@@ -219,6 +230,7 @@ impl ParallelEngine {
                     desk.away += jobs;
                     desk.called = true;
                     stats.submitted.add(jobs as u64);
+                    counters.parallel.given.add(jobs as u64);
                     stats.bytes.add(bytes);
                     stats.doorbells.add(1);
                 }
@@ -240,6 +252,7 @@ impl ParallelEngine {
         };
         if let Some(Slot::Waiting(mut parcel)) = lane.replace(order, Slot::Away) {
             parcel.cipher();
+            self.counters.parallel.kept.add(parcel.jobs.len() as u64);
             lane.replace(order, Slot::Ready(parcel));
         }
     }
@@ -326,7 +339,7 @@ impl ParallelEngine {
         parcel.entry = Some(Arc::clone(entry));
         parcel.lane = at;
         parcel.order = lane.next();
-        let order = lane.push(Slot::Waiting(parcel));
+        let order = lane.push(parcel);
         self.waiting.push_back((at, order));
         self.feed();
         while self.waiting.len() > BACKLOG {
@@ -409,6 +422,10 @@ impl EspEngine for ParallelEngine {
         self.release(done);
         if !self.refused.is_empty() {
             self.stats.busy.add(self.refused.len() as u64);
+            self.counters
+                .parallel
+                .refused
+                .add(self.refused.len() as u64);
             jobs.append(&mut self.refused);
         }
     }

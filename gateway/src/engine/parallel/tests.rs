@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use pmd::engine::{EspEngine, EspJob, JobKind, JobStatus};
 use pmd::{Arena, ArenaConfig, BURST, HugePolicy, Pool};
 use proptest::prelude::*;
+use sa_store::ledger::WorkerCounters;
 use sa_store::runtime::Start;
 use sa_store::sa::{Direction, Mode, OffloadMode, SaId, Spi};
 use sa_store::snapshot::Snapshot;
@@ -194,7 +195,7 @@ fn is_rising(tags: impl Iterator<Item = u64>) -> bool {
 fn small_loads_stay_on_the_worker_and_complete_at_once() {
     let mut bed = Bed::new(&["aes-128-gcm-16"], Direction::Out);
     let view = bed.store.current();
-    let mut crew = crew(&wakers(2));
+    let mut crew = crew(&wakers(2), &[]);
     let (mut engine, _) = crew.remove(0);
     let mut done = Vec::new();
     for _ in 0..100 {
@@ -211,7 +212,7 @@ fn small_loads_stay_on_the_worker_and_complete_at_once() {
 fn alone_it_is_the_software_engine() {
     let mut bed = Bed::new(&["aes-128-gcm-16"], Direction::Out);
     let view = bed.store.current();
-    let (mut engine, mut helper) = crew(&wakers(1)).remove(0);
+    let (mut engine, mut helper) = crew(&wakers(1), &[]).remove(0);
     heat(&mut bed, &mut engine, &view);
     let mut jobs = bed.burst(0, BURST);
     let expected = bed.expected(&view, &jobs);
@@ -232,7 +233,7 @@ fn alone_it_is_the_software_engine() {
 fn tiny_packets_are_not_worth_the_way() {
     let mut bed = Bed::new(&["aes-128-gcm-16"], Direction::Out);
     let view = bed.store.current();
-    let mut crew = crew(&wakers(2));
+    let mut crew = crew(&wakers(2), &[]);
     let mut done = Vec::new();
     for _ in 0..20 {
         let mut jobs: Vec<_> = (0..BURST).map(|_| bed.job(0, 64)).collect();
@@ -252,7 +253,7 @@ fn bytes_and_order_are_those_of_the_cpu_alone_however_late_helpers_are() {
     ];
     let mut bed = Bed::new(&suites, Direction::Out);
     let view = bed.store.current();
-    let mut crew = crew(&wakers(3));
+    let mut crew = crew(&wakers(3), &[]);
     let helpers: Vec<_> = crew.drain(1..).map(|(_, helper)| helper).collect();
     let (mut engine, _) = crew.remove(0);
     with_helpers(helpers, true, || {
@@ -261,6 +262,11 @@ fn bytes_and_order_are_those_of_the_cpu_alone_however_late_helpers_are() {
         let mut seen = Vec::new();
         let mut next = 1_u64;
         for round in 0..400 {
+            // A helper whose CPU is taken away holds up more than there are frames.
+            while engine.in_flight() > FRAMES as usize / 2 {
+                engine.poll(&mut done);
+                std::thread::yield_now();
+            }
             let mut jobs: Vec<_> = (0..BURST)
                 .map(|n| {
                     next = next.wrapping_mul(6364136223846793005).wrapping_add(99);
@@ -308,10 +314,18 @@ fn bytes_and_order_are_those_of_the_cpu_alone_however_late_helpers_are() {
 fn a_helper_that_does_nothing_costs_order_and_memory_no_more_than_is_bounded() {
     let mut bed = Bed::new(&["aes-128-gcm-16", "aes-256-gcm-16"], Direction::Out);
     let view = bed.store.current();
-    let mut crew = crew(&wakers(2));
+    let counters = [Arc::<WorkerCounters>::default(), Arc::default()];
+    let mut crew = crew(&wakers(2), &counters);
     let (_, mut helper) = crew.remove(1);
     let (mut engine, _) = crew.remove(0);
+    let [owner, other] = counters.each_ref().map(|c| &c.parallel);
     heat_with(&mut bed, &mut engine, &view, &mut helper);
+    let given = owner.given.value();
+    assert!(given > 0 && owner.waiting.value() == 0);
+    assert_eq!(
+        (owner.returned.value(), other.assisted.value()),
+        (given, given)
+    );
     engine.unmade = 100;
     let (mut done, mut left) = (Vec::new(), 0);
     for _ in 0..64 {
@@ -331,6 +345,9 @@ fn a_helper_that_does_nothing_costs_order_and_memory_no_more_than_is_bounded() {
     }
     assert!(done.is_empty(), "the head of the line is at the helper");
     assert!(left > 0 && engine.in_flight() <= engine.capabilities().in_flight);
+    assert_eq!(owner.waiting.value(), engine.in_flight() as u64);
+    assert_eq!(owner.refused.value(), left as u64);
+    assert!(owner.kept.value() > 0 && owner.held_up.value() > 0);
     // Another SA is not held up.
     let mut jobs: Vec<_> = (0..4).map(|_| bed.job(1, 1000)).collect();
     engine.submit(&view, &mut jobs, &mut done);
@@ -373,7 +390,7 @@ fn heat_with(
 fn what_a_helper_leaves_behind_the_owner_ciphers() {
     let mut bed = Bed::new(&["aes-128-gcm-16"], Direction::Out);
     let view = bed.store.current();
-    let mut crew = crew(&wakers(2));
+    let mut crew = crew(&wakers(2), &[]);
     let (_, mut helper) = crew.remove(1);
     let (mut engine, _) = crew.remove(0);
     heat_with(&mut bed, &mut engine, &view, &mut helper);
@@ -400,7 +417,7 @@ fn what_a_helper_leaves_behind_the_owner_ciphers() {
 fn jobs_of_an_sa_that_is_removed_meanwhile_come_back_done_and_its_keys_go_with_the_last() {
     let mut bed = Bed::new(&["aes-128-gcm-16"], Direction::Out);
     let view = bed.store.current();
-    let mut crew = crew(&wakers(2));
+    let mut crew = crew(&wakers(2), &[]);
     let (_, mut helper) = crew.remove(1);
     let (mut engine, _) = crew.remove(0);
     heat_with(&mut bed, &mut engine, &view, &mut helper);
@@ -434,7 +451,7 @@ fn jobs_of_an_sa_that_is_removed_meanwhile_come_back_done_and_its_keys_go_with_t
 fn two_workers_under_pressure_do_not_ask_each_other() {
     let mut bed = Bed::new(&["aes-128-gcm-16"], Direction::Out);
     let view = bed.store.current();
-    let mut crew = crew(&wakers(2));
+    let mut crew = crew(&wakers(2), &[]);
     let (mut second, mut of_second) = crew.remove(1);
     let (mut first, mut of_first) = crew.remove(0);
     heat_with(&mut bed, &mut first, &view, &mut of_second);
@@ -463,7 +480,7 @@ fn a_sleeping_helper_is_woken() {
     let mut bed = Bed::new(&["aes-128-gcm-16"], Direction::Out);
     let view = bed.store.current();
     let wakers = wakers(2);
-    let mut crew = crew(&wakers);
+    let mut crew = crew(&wakers, &[]);
     let (_, mut helper) = crew.remove(1);
     let (mut engine, _) = crew.remove(0);
     heat_with(&mut bed, &mut engine, &view, &mut helper);
@@ -489,7 +506,7 @@ fn wrong_icvs_and_bad_bounds_are_told_apart_wherever_they_are_judged() {
     let view = bed.store.current();
     let opener = Bed::new(&["aes-128-gcm-16"], Direction::In);
     let opening = opener.store.current();
-    let mut crew = crew(&wakers(2));
+    let mut crew = crew(&wakers(2), &[]);
     let (_, mut helper) = crew.remove(1);
     let (mut engine, _) = crew.remove(0);
     let mut done = Vec::new();
@@ -537,7 +554,7 @@ proptest! {
     ) {
         let mut bed = Bed::new(&["aes-128-gcm-16", "aes-256-gcm-16", "aes-192-gcm-16"], Direction::Out);
         let view = bed.store.current();
-        let mut crew = crew(&wakers(3));
+        let mut crew = crew(&wakers(3), &[]);
         let mut helpers: Vec<_> = crew.drain(1..).map(|(_, helper)| helper).collect();
         let (mut engine, mut own) = crew.remove(0);
         let mut done = Vec::new();

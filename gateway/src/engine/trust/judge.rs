@@ -142,14 +142,13 @@ fn numbered(sa: &mut Carried, ticket: &Ticket, job: &mut EspJob, bare: bool) -> 
     let (from, to) = (usize::from(job.esp_off), usize::from(job.esp_end));
     let data = job.frame.data();
     let (at, given) = if bare {
-        (usize::from(sa.outer), usize::from(ticket.len))
+        (usize::from(sa.outer.len()), usize::from(ticket.len))
     } else {
         let at = usize::from(ticket.esp_off);
         let given = usize::from(ticket.esp_end).checked_sub(at + front);
         (at, given.ok_or(Reason::Length)?)
     };
-    let version = if sa.outer_v6 { 6 } else { 4 };
-    if from != at || to != data.len() || data.first().map(|b| b >> 4) != Some(version) && bare {
+    if from != at || to != data.len() {
         return Err(Reason::Length);
     }
     let esp = data.get(from..to).ok_or(Reason::Length)?;
@@ -160,6 +159,9 @@ fn numbered(sa: &mut Carried, ticket: &Ticket, job: &mut EspJob, bare: bool) -> 
     });
     if !fits {
         return Err(Reason::Length);
+    }
+    if bare && !sa.outer.is_on(data) {
+        return Err(Reason::Header);
     }
     let header: [u8; ESP_HEADER] = *esp.first_chunk().ok_or(Reason::Length)?;
     let [a, b, c, d, e, f, g, h] = header;

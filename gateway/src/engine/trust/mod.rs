@@ -37,6 +37,7 @@ mod canary;
 mod config;
 mod judge;
 mod known;
+mod outer;
 mod packets;
 mod quarantine;
 mod recovery;
@@ -218,6 +219,7 @@ impl Trusted {
     fn sort(&mut self, view: &Snapshot, jobs: &mut Vec<EspJob>, now: u64, done: &mut Vec<EspJob>) {
         let serving = self.service.is_serving();
         let mut room = self.caps.in_flight.saturating_sub(self.tickets.all());
+        let mut full = false;
         for mut job in jobs.drain(..) {
             let Some(sa) = self.sas.find(job.sa) else {
                 job.status = JobStatus::SaGone;
@@ -252,7 +254,9 @@ impl Trusted {
                         JobKind::Open => &self.draw_in,
                     };
                     let blocked = draw.is_all() && self.samples.is_full();
-                    if room == 0 || blocked || !self.kept.is_empty() {
+                    // Once one job of an SA stays, those behind it stay too.
+                    full |= room == 0 || blocked;
+                    if full || !sa.has_room() {
                         self.kept.push(job);
                         continue;
                     }
@@ -316,7 +320,7 @@ impl Trusted {
                 continue;
             };
             self.samples.drop(ticket.sample);
-            self.sas.landed(ticket.sa);
+            self.sas.left(ticket.sa);
             ticket.restore(&mut job);
             jobs.push(job);
         }
@@ -455,8 +459,11 @@ impl EspEngine for Trusted {
         if !self.sas.remove(sa) {
             return;
         }
+        let dead = self.state() == EngineState::Dead;
         match self.service.engine() {
             Some(engine) => engine.remove(sa),
+            // Nobody will ever ask a dead one for its places.
+            None if dead => {}
             None => self.gone.push(sa),
         }
     }

@@ -1,7 +1,8 @@
 //! A thread on which engines are reset, as that may take long: the engine goes there in its box, and comes back.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
-use std::time::Duration;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use pmd::Pool;
 use pmd::engine::{EspEngine, EspJob};
@@ -26,6 +27,9 @@ pub(super) struct Courier {
 /// Opens an engine anew whose device is gone: its process was ended, or its driver unbound.
 pub type Reopen = Box<dyn FnMut() -> Result<Box<dyn EspEngine>, String> + Send>;
 
+/// How long the thread may take to end when nobody wants its engine any more.
+const LEAVE: Duration = Duration::from_secs(5);
+
 /// What the thread needs to check an engine.
 pub(super) struct Bench {
     pub(super) pool: Pool,
@@ -38,8 +42,9 @@ pub(super) struct Bench {
 
 /// The way to the thread.
 pub(super) struct Workshop {
-    to: Sender<Courier>,
-    back: Receiver<Courier>,
+    /// Both ends are there until the drop.
+    ends: Option<(Sender<Courier>, Receiver<Courier>)>,
+    thread: JoinHandle<()>,
 }
 
 impl Workshop {
@@ -51,7 +56,7 @@ impl Workshop {
     ) -> std::io::Result<Workshop> {
         let (to, jobs) = channel::<Courier>();
         let (done, back) = channel();
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name(format!("heal-{name}"))
             .spawn(move || {
                 while let Ok(mut courier) = jobs.recv() {
@@ -62,7 +67,10 @@ impl Workshop {
                     }
                 }
             })?;
-        Ok(Workshop { to, back })
+        Ok(Workshop {
+            ends: Some((to, back)),
+            thread,
+        })
     }
 
     /// Sends an engine to be reset; back when there is no thread any more.
@@ -78,12 +86,16 @@ impl Workshop {
             gone,
             anew: false,
         };
-        self.to.send(courier).map_err(|e| e.0.engine)
+        match &self.ends {
+            Some((to, _)) => to.send(courier).map_err(|e| e.0.engine),
+            None => Err(courier.engine),
+        }
     }
 
     /// An engine that has come back. An error: none will.
     pub(super) fn returned(&self) -> Result<Option<Courier>, Gone> {
-        match self.back.try_recv() {
+        let (_, back) = self.ends.as_ref().ok_or(Gone)?;
+        match back.try_recv() {
             Ok(courier) => Ok(Some(courier)),
             Err(TryRecvError::Empty) => Ok(None),
             Err(TryRecvError::Disconnected) => Err(Gone),
@@ -92,9 +104,25 @@ impl Workshop {
 
     /// Waits for it.
     pub(super) fn wait(&self, patience: Duration) -> Result<Courier, Gone> {
-        self.back
-            .recv_timeout(patience)
+        let (_, back) = self.ends.as_ref().ok_or(Gone)?;
+        back.recv_timeout(patience)
             .map_err(|_: RecvTimeoutError| Gone)
+    }
+}
+
+/// The thread has frames, and what it opens engines with has more: they are home when it has ended.
+impl Drop for Workshop {
+    fn drop(&mut self) {
+        self.ends = None;
+        let begin = Instant::now();
+        while !self.thread.is_finished() {
+            if begin.elapsed() > LEAVE {
+                let thread = self.thread.thread().name();
+                tracing::warn!(thread, "still resetting an engine; its frames stay away");
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
@@ -116,6 +144,8 @@ fn restore(
         ..
     } = courier;
     if let Err(error) = engine.reset(jobs) {
+        // A device that is there is not opened a second time: it is reset again, later.
+        let reopen = reopen.filter(|_| !engine.is_present());
         let reopen = reopen.ok_or_else(|| error.to_string())?;
         let fresh = reopen().map_err(|why| format!("{error}; opened anew: {why}"))?;
         if fresh.capabilities() != engine.capabilities() {

@@ -11,6 +11,7 @@ use sa_store::sa::OffloadMode;
 use super::packets;
 use super::sas::Carried;
 use super::ticket::NO_SAMPLE;
+use crate::esp::ecn;
 use crate::wire::proto;
 
 /// Bytes kept ready for each sample: an Ethernet frame's worth.
@@ -192,7 +193,11 @@ impl Samples {
             (JobKind::Open, OffloadMode::Packet) => {
                 // The peer's padding is the peer's.
                 packets::unframe(sa.suite, &sample.bytes, false).is_some_and(|(payload, next)| {
-                    payload == data && (bare || next == job.next_header)
+                    if bare {
+                        is_inner(payload, data)
+                    } else {
+                        payload == data && next == job.next_header
+                    }
                 })
             }
             (JobKind::Open, _) => {
@@ -201,6 +206,30 @@ impl Samples {
             }
         })
     }
+}
+
+/// Whether an engine that takes the outer header off gave the packet inside: as it was, or marked as congested where the outer
+/// header was and its sender understands that (RFC 6040). IPv4's checksum is looked at by whoever takes the packet on.
+fn is_inner(packet: &[u8], given: &[u8]) -> bool {
+    if packet == given {
+        return true;
+    }
+    let mut marked = [0; 12];
+    let (Some((a, b)), Some((c, d))) = (
+        packet.split_first_chunk::<12>(),
+        given.split_first_chunk::<12>(),
+    ) else {
+        return false;
+    };
+    marked.copy_from_slice(a);
+    if a[0] >> 4 == 4 {
+        marked[1] |= ecn::CE * u8::from(a[1] & ecn::CE != ecn::NOT_ECT);
+        marked[10..].copy_from_slice(&c[10..]);
+    } else {
+        let mark = ecn::CE << 4;
+        marked[1] |= mark * u8::from(a[1] & mark != 0);
+    }
+    marked == *c && b == d
 }
 
 /// The bytes of the packet that the answer follows from.
@@ -249,6 +278,33 @@ mod tests {
             }
         }
         taken
+    }
+
+    #[test]
+    fn a_packet_may_be_marked_as_congested_and_changed_in_no_other_way() {
+        let v4 = |tos: u8, sum: u8| {
+            [
+                &[0x45, tos, 0, 24, 0, 1, 0, 0, 64, 17, sum, 0][..],
+                &[7; 12],
+            ]
+            .concat()
+        };
+        assert!(is_inner(&v4(2, 1), &v4(2, 1)) && is_inner(&v4(2, 1), &v4(3, 9)));
+        for other in [
+            v4(1, 9),
+            v4(0, 9),
+            v4(7, 9),
+            [&v4(3, 9)[..23], &[0]].concat(),
+        ] {
+            assert!(!is_inner(&v4(2, 1), &other), "{other:?}");
+        }
+        assert!(
+            !is_inner(&v4(0, 1), &v4(3, 9)),
+            "its sender does not understand the mark"
+        );
+        let v6 = |class: u8| [&[0x60, class, 0, 0, 0, 0, 17, 64][..], &[7; 32]].concat();
+        assert!(is_inner(&v6(0x20), &v6(0x30)) && !is_inner(&v6(0), &v6(0x30)));
+        assert!(!is_inner(&v6(0x20), &v6(0x10)) && !is_inner(&v6(0x20), &v6(0x31)));
     }
 
     #[test]

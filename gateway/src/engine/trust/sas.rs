@@ -6,6 +6,8 @@ use sa_store::sa::{Direction, OffloadMode, SaId};
 use sa_store::snapshot::Snapshot;
 use sa_store::suite::{Cipher, Suite};
 
+use super::outer::Outer;
+
 /// Who ciphers an SA's packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Carrier {
@@ -26,9 +28,8 @@ pub(super) struct Carried {
     pub(super) mode: OffloadMode,
     pub(super) direction: Direction,
     pub(super) spi: [u8; 4],
-    /// Bytes in front of ESP in an outer packet that the engine makes.
-    pub(super) outer: u16,
-    pub(super) outer_v6: bool,
+    /// What is in front of ESP in an outer packet that the engine makes.
+    pub(super) outer: Outer,
     pub(super) carrier: Carrier,
     /// Outbound packet mode: opens what the engine sealed.
     pub(super) opener: Option<Box<dyn SaCipher>>,
@@ -39,6 +40,9 @@ pub(super) struct Carried {
     pub(super) given: u64,
     pub(super) landed: u64,
     in_flight: u32,
+    /// Jobs that the engine takes at once, as far as it has shown: so many went in when it left one. It may take more the
+    /// next time: with each that comes back one more is tried.
+    most: u32,
     going: bool,
     /// Its SA knows that nobody carries it.
     told: bool,
@@ -51,16 +55,13 @@ impl Carried {
         opener: Option<Box<dyn SaCipher>>,
     ) -> Carried {
         let spec = &entry.spec;
-        let udp = if spec.encap.is_some() { 8 } else { 0 };
-        let ip = if spec.dst.is_ipv6() { 40 } else { 20 };
         Carried {
             id: entry.fixed.id,
             suite: spec.suite,
             mode: spec.offload,
             direction: spec.direction,
             spi: entry.fixed.spi.to_be_bytes(),
-            outer: ip + udp,
-            outer_v6: spec.dst.is_ipv6(),
+            outer: Outer::of(spec),
             carrier,
             opener,
             last_seq: entry.next_seq().saturating_sub(1),
@@ -68,6 +69,7 @@ impl Carried {
             given: 0,
             landed: 0,
             in_flight: 0,
+            most: u32::MAX,
             going: false,
             told: false,
         }
@@ -84,6 +86,12 @@ impl Carried {
         self.in_flight += 1;
         self.given += 1;
         self.given
+    }
+
+    /// Whether it is worth while to offer the engine another job of the SA.
+    #[inline]
+    pub(super) fn has_room(&self) -> bool {
+        self.in_flight < self.most.max(1)
     }
 
     /// Whether the ciphertext differs from the plaintext.
@@ -194,6 +202,17 @@ impl Sas {
     pub(super) fn landed(&mut self, id: SaId) {
         let Some(sa) = self.returning(id) else { return };
         sa.in_flight = sa.in_flight.saturating_sub(1);
+        sa.most = sa.most.saturating_add(1);
+        if sa.going && sa.in_flight == 0 {
+            self.forget(id);
+        }
+    }
+
+    /// The engine did not take a job of the SA.
+    pub(super) fn left(&mut self, id: SaId) {
+        let Some(sa) = self.returning(id) else { return };
+        sa.in_flight = sa.in_flight.saturating_sub(1);
+        sa.most = sa.in_flight;
         if sa.going && sa.in_flight == 0 {
             self.forget(id);
         }

@@ -72,7 +72,7 @@ reasons! {
     Iv "iv",
     /// An outbound number that was used before, or that nobody gave.
     Number "number",
-    /// SPI or number is not what was given.
+    /// SPI or number is not what was given, or the outer headers are not the SA's.
     Header "header",
     /// Lengths or offsets that cannot be.
     Length "length",

@@ -1,3 +1,5 @@
+use std::net::{IpAddr, Ipv4Addr};
+
 use super::*;
 use crate::wire::ethernet::EthernetRepr;
 use crate::wire::ipv4::Ipv4Repr;

@@ -8,6 +8,8 @@
               engine keeps stands still after it, and says so, until it has a successor
     gone      SIGKILL for the engine itself, in full flight: what it had is lost, the tunnel goes on with the CPU, and the
               engine comes back to service when it is there again
+    ports     gateways whose ports are those of an EN7581's block too, hosts with a kernel's stack behind its MACs: echoes and TCP
+              through a tunnel on the CPU, and on the engine of the same block
 """
 
 import argparse
@@ -21,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "peers/lib"))
 
+import block
 import by_scapy
 from gateway import Gateway
 from netns import Failed, World, end, mac, private_file, run_cases, wait_for
@@ -443,6 +446,11 @@ def gone_with_numbers(world, program, bed):
     return "an SOE's SA stopped with it and had a successor"
 
 
+def ports(world, program, bed):
+    """No other port than a block's."""
+    return block.both(world, program, bed)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gateway", type=Path, required=True, help="program to test")
@@ -453,7 +461,7 @@ def main():
     parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="of the moments of death")
     args = parser.parse_args()
     bed = Bed(args.model.resolve(), args.packets, args.seed)
-    cases = {c.__name__: lambda w, p, c=c: c(w, p, bed) for c in (through, scapy, rekey, restart, gone)}
+    cases = {c.__name__: lambda w, p, c=c: c(w, p, bed) for c in (through, scapy, rekey, restart, gone, ports)}
     if args.only:
         cases = {args.only: cases[args.only]}
     with World("esplanade-engines", args.keep) as world:

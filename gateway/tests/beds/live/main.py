@@ -3,6 +3,7 @@
     reload   all keys of 10 000 SAs are changed, several times, while packets flow through them: none is lost
     kill     SIGKILL at random moments while it sends, and a new start each time: no nonce is seen twice outside
     user     it starts as root, becomes another user for good, and goes on working as that user: reload, leases, restart
+    hook     started with ambient capabilities, as a service manager does, it gives none of them to the hook
     seed     a test seed, which makes nonces repeat, is refused
 """
 
@@ -21,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "peers/lib"))
 
-from gateway import Gateway
+from gateway import COMMON, Gateway
 from netns import Failed, World, address, mac, private_file, run_cases, sh, veth, wait_for
 from packets import raw_socket, udp_frame
 
@@ -286,6 +287,55 @@ def as_user(world, program):
     return f"reload, leases and restart as {USER}, {len(seen)} packets, no nonce twice"
 
 
+RIGHTS = "+net_admin,+net_raw,+bpf,+ipc_lock"
+OFFLINE = """
+[[port]]
+name = "lan"
+kind = "memory"
+side = "inside"
+memory = { peer = "wan" }
+[[port]]
+name = "wan"
+kind = "memory"
+side = "outside"
+memory = { peer = "lan" }
+"""
+
+
+def hook(world, program):
+    """What it runs has none of its capabilities."""
+    there = world.dir / "hook"
+    there.mkdir()
+    world.dir.chmod(0o711)
+    # As the unit in deploy/systemd has it started.
+    wrapper = there / "esplanade"
+    # Where that user may go.
+    program = shutil.copy(program, there / "program")
+    started = f"setpriv --reuid={USER} --clear-groups --inh-caps={RIGHTS} --ambient-caps={RIGHTS}"
+    wrapper.write_text(f'#!/bin/sh\nexec {started} {program} "$@"\n')
+    (there / "rekey").write_text(f"#!/bin/sh\ngrep Cap /proc/self/status > {there}/new && mv {there}/new {there}/caps\n")
+    for path in (wrapper, there / "rekey"):
+        path.chmod(0o755)
+    private_file(there / "sa.toml", sa_file(1, 0).replace("[[tunnel.sa]]", "soft = { time = 1 }\n[[tunnel.sa]]", 1))
+    for path in (there, there / "sa.toml"):
+        shutil.chown(path, USER, -1)
+    common = COMMON.replace("jitter_percent = 0", f'jitter_percent = 0, hook = "{there}/rekey"')
+    gateway = Gateway(world, wrapper, None, there, OFFLINE, "hook.log", common)
+
+    def caps(text):
+        return {k: int(v, 16) for k, v in (line.split(":") for line in text.splitlines() if line.startswith("Cap"))}
+
+    own = caps(Path(f"/proc/{gateway.process.pid}/status").read_text())
+    wait_for("the hook", (there / "caps").exists)
+    its = caps((there / "caps").read_text())
+    gateway.stop()
+    if not own["CapEff"] or not own["CapPrm"]:
+        raise Failed(f"the gateway itself has no rights: {own}")
+    if any(its[c] for c in ("CapInh", "CapPrm", "CapEff", "CapAmb")):
+        raise Failed(f"the hook has rights: {its}")
+    return f"the gateway has {own['CapEff'].bit_count()} capabilities, its hook none"
+
+
 def seed_refused(world, program):
     """Repeatable nonces never leave on a live port."""
     (world.dir / "seed.toml").write_text(CONFIG.format(peer="02:00:00:00:00:01"))
@@ -305,7 +355,7 @@ def main():
     args = parser.parse_args()
     program = args.gateway.resolve()
     with World("esplanade-live", args.keep) as world:
-        cases = {"seed": seed_refused, "reload": reload, "user": as_user, "kill": lambda w, p: kill(w, p, args.seed, args.forget)}
+        cases = {"seed": seed_refused, "reload": reload, "user": as_user, "hook": hook, "kill": lambda w, p: kill(w, p, args.seed, args.forget)}
         bad = run_cases(world, program, cases)
     sys.exit(1 if bad else 0)
 

@@ -288,11 +288,12 @@ class Machine:
 
 
 def unit_tests(crate):
-    """The crate's unit-test binary, built as `cargo test` does."""
-    out = run("cargo", "test", "--locked", "-p", crate, "--lib", "--no-run", "--message-format=json", cwd=ROOT)
+    """The crate's unit-test binary, built as `./test` does: the crate alone would be built anew with other features."""
+    out = run("cargo", "test", "--locked", "--workspace", "--lib", "--no-run", "--message-format=json", cwd=ROOT)
     for line in out.splitlines():
         message = json.loads(line)
-        if message.get("executable") and message.get("profile", {}).get("test"):
+        is_test = message.get("executable") and message.get("profile", {}).get("test")
+        if is_test and message["target"]["name"] == crate:
             return message["executable"]
     raise SystemExit(f"bed: no unit tests in {crate}")
 
@@ -306,18 +307,19 @@ def end_with_parent():
 def boot(options, output=sys.stdout):
     """Runs the guest; returns the program's exit status and all that the console said.
 
-    A guest under TCG now and then stands still because a CPU lost its timer's interrupt. It is told by its silence, or by what
-    its kernel says of that CPU, and booted again: a program that hangs every time fails all the same.
+    A guest under TCG now and then stands still because a CPU lost its timer's interrupt, and QEMU itself ends by an assertion of its
+    own (`iotlb_to_section`). The first is told by its silence, or by what its kernel says of that CPU, the second by QEMU's exit
+    status; both are booted again: a program that hangs every time fails all the same.
     """
     for last in (False, False, True):
-        status, lines, stalled = boot_once(options, output)
-        if last or not stalled:
+        status, lines, trouble = boot_once(options, output)
+        if last or not trouble:
             return status, lines
-        print("bed: the guest stands still; once more", file=sys.stderr, flush=True)
+        print(f"bed: {trouble}; once more", file=sys.stderr, flush=True)
 
 
 def boot_once(options, output):
-    """One boot: status, lines, and whether it was ended for its silence."""
+    """One boot: status, lines, and what befell the machine itself."""
     if options.unit_tests:
         crate, pattern = options.unit_tests
         options.program = [unit_tests(crate), "--ignored", "--test-threads=1", "--nocapture", pattern]
@@ -373,16 +375,18 @@ def boot_once(options, output):
                 if found := re.search(r"BED: monitor (.*)", line):
                     monitor.sendall(found[1].encode() + b"\n")
             guest.wait()
+            aborted = guest.returncode == -signal.SIGABRT
         finally:
             watchdog.cancel()
             silence.over()
             guest.kill()
             guest.wait()
-    stalled = status is None and silence.too_long
+    trouble = None
     if status is None:
+        trouble = "the guest stands still" if silence.too_long else "QEMU has ended itself" if aborted else None
         print(f"bed: the guest ended without a result (limit {options.timeout} s)", file=sys.stderr)
         status = 124
-    return status, lines, stalled
+    return status, lines, trouble
 
 
 class Silence:

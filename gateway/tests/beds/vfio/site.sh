@@ -42,6 +42,7 @@ sa_files = ["sa.toml"]
 cpus = [$(seq -s , 0 $((${workers:-1} - 1)))]
 [memory]
 frames = $frames
+# Does not divide a huge page: QEMU's igb and e1000e would drop a frame on two that are not neighbours in the guest's memory.
 stride = $([ $mtu -gt 1500 ] && echo 10240 || echo 2048)
 [[port]]
 name = "lan"

@@ -7,6 +7,8 @@ from netns import Failed, end, sh, wait_for
 
 COMMON = """
 sa_files = ["sa.toml"]
+# Peers are changed by the test itself: nothing waits for them.
+rekey = { switch_delay_ms = 0, overlap_ms = 0, quiet_ms = 0, jitter_percent = 0 }
 [leases]
 path = "leases"
 [api]
@@ -19,9 +21,9 @@ enabled = false
 class Gateway:
     """Starts in `directory`, where it finds `sa.toml` and keeps its leases."""
 
-    def __init__(self, world, program, namespace, directory, config, log):
+    def __init__(self, world, program, namespace, directory, config, log, common=COMMON):
         self.program, self.dir, self.log = program, directory, world.dir / log
-        (directory / "gateway.toml").write_text(COMMON + config)
+        (directory / "gateway.toml").write_text(common + config)
         self.socket = directory / "api.sock"
         command = (program, "run", "--config", directory / "gateway.toml")
         self.process = world.start(*command, namespace=namespace, log=log)

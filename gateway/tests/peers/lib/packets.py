@@ -4,6 +4,7 @@ import ctypes
 import os
 import socket
 import struct
+from contextlib import contextmanager
 
 SO_TIMESTAMPNS = 35
 SO_RCVBUFFORCE = 33
@@ -18,18 +19,25 @@ def setns(fd):
         raise OSError(ctypes.get_errno(), "setns")
 
 
-def raw_socket(namespace, interface, protocol=ETH_P_IP):
-    """Frames as they are, with the time at which the kernel saw them. Of one protocol the kernel takes VLAN tags off."""
-    own = os.open("/proc/self/ns/net", os.O_RDONLY)
+@contextmanager
+def inside(namespace):
+    """This thread, in a namespace."""
+    own = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
     there = os.open(f"/var/run/netns/{namespace}", os.O_RDONLY)
     try:
         setns(there)
-        s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(protocol))
-        s.bind((interface, protocol))
+        yield
     finally:
         setns(own)
         os.close(own)
         os.close(there)
+
+
+def raw_socket(namespace, interface, protocol=ETH_P_IP):
+    """Frames as they are, with the time at which the kernel saw them. Of one protocol the kernel takes VLAN tags off."""
+    with inside(namespace):
+        s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(protocol))
+        s.bind((interface, protocol))
     s.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 28)
     s.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
     s.settimeout(0.5)

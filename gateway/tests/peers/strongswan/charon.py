@@ -48,14 +48,17 @@ class Charon:
         (self.dir / "swanctl.conf").write_text(connection)
         env = {"STRONGSWAN_CONF": str(self.dir / "strongswan.conf")}
         self.process = world.start("charon-systemd", namespace=namespace, log=f"{name}/stdout", env=env)
-        wait_for("charon's control socket", self.socket_is_there)
-        self.control("--load-all", "--file", self.dir / "swanctl.conf")
+        wait_for("charon's control socket", self.is_loaded)
 
-    def socket_is_there(self):
-        """Whether it listens; fails when it has ended."""
+    def is_loaded(self):
+        """Whether it has taken its connections; fails when it has ended. The socket is there before anybody listens."""
         if self.process.poll() is not None:
             raise Failed(f"charon ended: {(self.dir / 'stdout').read_text()[-1000:]}")
-        return (self.dir / "vici").exists()
+        try:
+            self.control("--load-all", "--file", self.dir / "swanctl.conf")
+            return True
+        except Failed:
+            return False
 
     def control(self, *command):
         """swanctl."""

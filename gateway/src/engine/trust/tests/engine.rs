@@ -1,6 +1,7 @@
 //! An engine that does as the test says.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 
 use pmd::engine::{Capabilities, EngineDead, EspEngine, EspJob, JobKind, JobStatus, Refusal};
@@ -12,6 +13,7 @@ use sa_store::snapshot::Snapshot;
 use sa_store::suite::Suite;
 
 use crate::engine::trust::packets;
+use crate::wire::ipv4::{self, Ipv4Repr};
 
 /// What is wrong with a result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +30,8 @@ pub(super) enum Fault {
     NewIv,
     /// Another SPI.
     Spi,
+    /// Where it makes outer headers, to another gateway.
+    Outer,
     /// The number of the packet before.
     SameNumber,
     /// A number that the caller has not reached.
@@ -53,13 +57,14 @@ pub(super) enum Fault {
 }
 
 impl Fault {
-    pub(super) const ALL: [Fault; 17] = [
+    pub(super) const ALL: [Fault; 18] = [
         Fault::Right,
         Fault::Body,
         Fault::Icv,
         Fault::SameIv,
         Fault::NewIv,
         Fault::Spi,
+        Fault::Outer,
         Fault::SameNumber,
         Fault::FarNumber,
         Fault::Short,
@@ -89,6 +94,8 @@ pub(super) struct Script {
     pub(super) bad_resets: u32,
     /// Jobs taken in one call.
     pub(super) room: Option<usize>,
+    /// Jobs that it was offered, taken or not.
+    pub(super) offered: usize,
     /// SAs that are installed, the checks' own included.
     pub(super) installed: Vec<SaId>,
     /// Those that were at any time.
@@ -107,6 +114,7 @@ struct Sa {
     suite: Suite,
     mode: OffloadMode,
     spi: [u8; 4],
+    ends: (IpAddr, IpAddr),
     next: u32,
     seen: HashSet<u32>,
     last_iv: Vec<u8>,
@@ -244,6 +252,29 @@ impl Sa {
         }
     }
 
+    fn outer(&self, esp: usize, fault: Fault) -> Vec<u8> {
+        let (IpAddr::V4(src), IpAddr::V4(dst)) = self.ends else {
+            panic!("IPv4 outside")
+        };
+        let mut header = [0; ipv4::HEADER_LEN];
+        Ipv4Repr {
+            src,
+            dst,
+            proto: 50,
+            ttl: 64,
+            tos: 0,
+            id: 0,
+            frag: 0,
+            payload_len: u16::try_from(esp).unwrap(),
+        }
+        .emit(&mut header);
+        if fault == Fault::Outer {
+            header[19] ^= 1;
+            ipv4::fill_checksum(&mut header);
+        }
+        header.to_vec()
+    }
+
     fn packet_seal(&mut self, job: &mut EspJob, fault: Fault, bare: bool) -> JobStatus {
         let iv_len = self.suite.iv_len();
         let from = match bare {
@@ -290,7 +321,7 @@ impl Sa {
         esp.resize(esp.len() + self.suite.icv_len(), 0);
         assert!(packets::seal(&*self.cipher, &mut esp, 0));
         let outer = match bare {
-            true => [&[0x45][..], &[0; 19]].concat(),
+            true => self.outer(esp.len(), fault),
             false => job.frame.data()[..usize::from(job.esp_off)].to_vec(),
         };
         job.esp_off = u16::try_from(outer.len()).unwrap();
@@ -359,6 +390,7 @@ impl EspEngine for TestEngine {
             suite: sa.spec.suite,
             mode: sa.spec.offload,
             spi: sa.fixed.spi.to_be_bytes(),
+            ends: (sa.spec.src, sa.spec.dst),
             next: 1,
             seen: HashSet::new(),
             last_iv: Vec::new(),
@@ -384,6 +416,7 @@ impl EspEngine for TestEngine {
             }));
             return;
         }
+        self.script.lock().unwrap().offered += jobs.len();
         let room = self.script.lock().unwrap().room.unwrap_or(usize::MAX);
         let free = self.caps.in_flight - self.in_flight();
         let n = jobs.len().min(room).min(free);

@@ -4,6 +4,7 @@ mod engine;
 mod lies;
 mod models;
 mod quarantine;
+mod reasons;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -401,6 +402,38 @@ fn what_the_engine_has_no_room_for_stays_as_it_was() {
     }
     got.append(&mut rig.take());
     assert_eq!(got, all(1..=10, JobStatus::Done));
+    rig.end();
+}
+
+#[test]
+fn an_engine_is_not_offered_over_and_over_what_it_leaves() {
+    let mut rig = Rig::new(false, config(), Script::default());
+    let out = rig.sa(gcm(), Direction::Out, OffloadMode::Crypto);
+    rig.script().room = Some(3);
+    rig.script().offered = 0;
+    rig.send(out, 60);
+    let mut got = Vec::new();
+    while !rig.jobs.is_empty() {
+        got.append(&mut rig.take());
+        rig.submit();
+    }
+    got.append(&mut rig.take());
+    assert_eq!(got, all(1..=60, JobStatus::Done));
+    // All at first, before anything is known; then what it took and as many more.
+    let offered = rig.script().offered;
+    assert!(offered <= 60 + 2 * 60 + 20, "{offered}");
+    // It takes more again, and is asked soon.
+    rig.script().room = None;
+    rig.send(out, 60);
+    let (mut got, mut rounds) = (Vec::new(), 0);
+    while !rig.jobs.is_empty() {
+        got.append(&mut rig.take());
+        rig.submit();
+        rounds += 1;
+    }
+    got.append(&mut rig.take());
+    assert_eq!(got, all(61..=120, JobStatus::Done));
+    assert!(rounds < 8, "{rounds}");
     rig.end();
 }
 

@@ -66,7 +66,7 @@ fn soe(patience: Duration, trust: TrustConfig) -> Bench {
     let model = server.spawn(Box::new(model)).unwrap();
     let device: Arc<dyn Device> = Arc::new(VfioUserDevice::connect(model.path()).unwrap());
     let arena = arena();
-    let plans = vec![QdmaPlan::shared(0), QdmaPlan::shared(1)];
+    let plans = vec![QdmaPlan::shared(0, 2, true), QdmaPlan::shared(1, 2, true)];
     let block = Block::new(&device, None, plans, &arena).unwrap();
     let own = SoeConfig {
         patience,

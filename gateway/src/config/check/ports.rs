@@ -1,187 +1,14 @@
-//! Rules between values: names that refer to each other, settings that exclude each other.
+//! Rules of ports: what each kind needs, and what two of them cannot share.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use super::decode::Decoded;
-use super::engine;
-use super::file::{AfXdpTable, PortTable, RouteTable};
-use super::port::{Fault, Nic, PortConfig, PortKind, PortKindName, Repeat, Steer};
-use super::problem::Problems;
-use super::{GatewayConfig, NeighbourConfig, NextHop, RouteConfig};
-
-/// Most workers: the owner of an SA is a 16-bit number, and one gateway needs no more.
-const MAX_WORKERS: usize = 256;
-
-/// Checks everything; `None` only together with problems.
-pub(super) fn check(
-    decoded: Decoded<'_>,
-    path: &Path,
-    problems: &mut Problems,
-) -> Option<GatewayConfig> {
-    let dir = path.parent().unwrap_or(Path::new("")).to_owned();
-    let workers = decoded.file.workers.number();
-    let engines = engine::check(&decoded, &dir, workers, problems);
-    let mut c = Checker {
-        d: &decoded,
-        dir,
-        problems,
-    };
-    c.sections();
-    c.engines_without_seed();
-    let ports = c.ports();
-    let (routes, neighbours) = match &ports {
-        Some(ports) => (c.routes(ports), c.neighbours(ports)),
-        None => (Vec::new(), Vec::new()),
-    };
-    let f = &decoded.file;
-    let resolve = |p: &PathBuf| path.parent().unwrap_or(Path::new("")).join(p);
-    Some(GatewayConfig {
-        file: path.to_owned(),
-        workers: f.workers.clone(),
-        memory: f.memory.clone(),
-        ports: ports?,
-        engines,
-        routes,
-        neighbours,
-        sa_files: f.sa_files.iter().map(resolve).collect(),
-        sas: f.sas.clone(),
-        leases: super::Leases {
-            path: resolve(&f.leases.path),
-        },
-        crypto: f.crypto.clone(),
-        reassembly: f.reassembly.clone(),
-        metrics: f.metrics.enabled.then_some(f.metrics.listen),
-        metrics_max_sas: f.metrics.max_sas,
-        api: f.api.enabled.then(|| super::Api {
-            socket: resolve(&f.api.socket),
-            ..f.api.clone()
-        }),
-        log: f.log.clone(),
-        privileges: f.privileges.clone(),
-        test_seed: f.test.seed,
-    })
-}
-
-struct Checker<'a, 't> {
-    d: &'a Decoded<'t>,
-    dir: PathBuf,
-    problems: &'a mut Problems,
-}
+use super::Checker;
+use crate::config::port::{Fault, Nic, PortConfig, PortKind, PortKindName, Repeat, Steer};
+use crate::config::port_table::{AfXdpTable, PortTable};
 
 impl Checker<'_, '_> {
-    fn wrong(&mut self, path: &[&str], what: impl Into<String>) {
-        self.problems.push(self.d.span(path), what);
-    }
-
-    fn require(&mut self, good: bool, path: &[&str], what: impl FnOnce() -> String) {
-        if !good {
-            self.wrong(path, what());
-        }
-    }
-
-    fn sections(&mut self) {
-        let f = &self.d.file;
-        let w = &f.workers;
-        self.require(
-            !(w.count.is_some() && w.cpus.is_some()),
-            &["workers", "count"],
-            || "\"count\" and \"cpus\" exclude each other; the list says how many".into(),
-        );
-        self.require(
-            (1..=MAX_WORKERS).contains(&w.number()),
-            &["workers"],
-            || format!("{} workers; there must be 1 to {MAX_WORKERS}", w.number()),
-        );
-        let mut cpus = w.cpus.clone().unwrap_or_default();
-        cpus.sort_unstable();
-        self.require(
-            cpus.windows(2).all(|p| p[0] != p[1]),
-            &["workers", "cpus"],
-            || "a CPU is listed twice".into(),
-        );
-        self.require(
-            (1..=1_000_000).contains(&w.spin_us),
-            &["workers", "spin_us"],
-            || format!("\"spin_us\" is {}; it must lie in 1 to 1000000", w.spin_us),
-        );
-        let m = &f.memory;
-        self.require(
-            (256..=1 << 24).contains(&m.frames),
-            &["memory", "frames"],
-            || format!("\"frames\" is {}; it must lie in 256 to 16777216", m.frames),
-        );
-        self.require(
-            (1024..=65_472).contains(&m.stride) && m.stride.is_multiple_of(64),
-            &["memory", "stride"],
-            || {
-                format!(
-                    "\"stride\" is {}; it must be a multiple of 64 in 1024 to 65472",
-                    m.stride
-                )
-            },
-        );
-        self.require(f.sas.max > 0, &["sas", "max"], || {
-            "\"max\" must not be 0".into()
-        });
-        let known = crate::crypto::ProviderId::ALL.map(|p| p.name());
-        if let Some(p) = &f.crypto.provider {
-            self.require(known.contains(&p.as_str()), &["crypto", "provider"], || {
-                format!("unknown provider \"{p}\"; one of {}", known.join(", "))
-            });
-        }
-        if let Err(e) = f
-            .crypto
-            .objective
-            .parse::<crate::engine::choice::Objective>()
-        {
-            self.wrong(&["crypto", "objective"], e.to_string());
-        }
-        let r = &f.reassembly;
-        self.require(
-            (1..=1 << 20).contains(&r.max_packets),
-            &["reassembly", "max_packets"],
-            || {
-                format!(
-                    "\"max_packets\" is {}; it must lie in 1 to 1048576",
-                    r.max_packets
-                )
-            },
-        );
-        self.require(
-            (10..=60_000).contains(&r.timeout_ms),
-            &["reassembly", "timeout_ms"],
-            || {
-                format!(
-                    "\"timeout_ms\" is {}; it must lie in 10 to 60000",
-                    r.timeout_ms
-                )
-            },
-        );
-        let level = &f.log.level;
-        if let Err(e) = level.parse::<tracing_subscriber::filter::targets::Targets>() {
-            self.wrong(
-                &["log", "level"],
-                format!("\"{level}\" is no log filter: {e}"),
-            );
-        }
-        self.require(
-            f.privileges.group.is_none() || f.privileges.user.is_some(),
-            &["privileges", "group"],
-            || "\"group\" needs \"user\"".into(),
-        );
-    }
-
-    fn engines_without_seed(&mut self) {
-        let f = &self.d.file;
-        let both = f.test.seed.is_some() && !f.engine.is_empty();
-        self.require(!both, &["test", "seed"], || {
-            "a seed makes nonces repeat, so it is refused together with engines".into()
-        });
-    }
-
-    fn ports(&mut self) -> Option<Vec<PortConfig>> {
+    pub(super) fn ports(&mut self) -> Option<Vec<PortConfig>> {
         if !self.d.ports_complete {
             return None;
         }
@@ -237,6 +64,7 @@ impl Checker<'_, '_> {
                 PortKindName::VhostUser,
             ),
             ("vfio", t.vfio.is_some(), PortKindName::Vfio),
+            ("airoha", t.airoha.is_some(), PortKindName::Airoha),
         ] {
             self.require(!given || t.kind == of, &["port", &at, key], || {
                 format!("\"{key}\" settings on a port of another kind")
@@ -290,8 +118,27 @@ impl Checker<'_, '_> {
             mtu: t.mtu,
             addresses: t.addresses.clone(),
             vrf: t.vrf,
+            tap: self.tap(&at, t),
             fault: t.fault.clone(),
         })
+    }
+
+    fn tap(&mut self, at: &str, t: &PortTable) -> Option<String> {
+        let name = t.tap.clone()?;
+        self.require(is_interface(&name), &["port", at, "tap"], || {
+            no_interface(&name)
+        });
+        let tables = &self.d.file.port;
+        let same = |p: &&PortTable| p.tap.as_ref() == Some(&name);
+        let twice = tables.iter().filter(same).count() > 1;
+        let taken = tables.iter().any(|p| {
+            matches!(p.kind, PortKindName::AfXdp | PortKindName::Tap)
+                && p.interface.as_ref().unwrap_or(&p.name) == &name
+        });
+        self.require(!twice && !taken, &["port", at, "tap"], || {
+            format!("\"{name}\" is already another port's interface")
+        });
+        Some(name)
     }
 
     fn port_kind(
@@ -302,26 +149,16 @@ impl Checker<'_, '_> {
     ) -> Option<PortKind> {
         let interface = t.interface.clone().unwrap_or_else(|| t.name.clone());
         let named = matches!(t.kind, PortKindName::AfXdp | PortKindName::Tap);
-        let live = named || matches!(t.kind, PortKindName::VhostUser | PortKindName::Vfio);
+        let live = !matches!(t.kind, PortKindName::Pcap | PortKindName::Memory);
         self.require(
             named || t.interface.is_none(),
             &["port", at, "interface"],
             || "\"interface\" is for af_xdp and tap ports".into(),
         );
-        let short = (1..16).contains(&interface.len());
-        let clean = !interface
-            .bytes()
-            .any(|b| b == b'/' || b.is_ascii_whitespace())
-            && interface != "."
-            && interface != "..";
         self.require(
-            !named || (short && clean),
+            !named || is_interface(&interface),
             &["port", at, "interface"],
-            || {
-                format!(
-                    "\"{interface}\" is no interface name: 1 to 15 characters, no slash, no space"
-                )
-            },
+            || no_interface(&interface),
         );
         let seeded = self.d.file.test.seed.is_some();
         self.require(!(live && seeded), &["test", "seed"], || {
@@ -377,6 +214,7 @@ impl Checker<'_, '_> {
             PortKindName::Memory => self.memory_port(at, t, by_name),
             PortKindName::VhostUser => self.vhost_user_port(at, t),
             PortKindName::Vfio => self.vfio_port(at, t),
+            PortKindName::Airoha => self.airoha_port(at, t),
         }
     }
 
@@ -502,19 +340,27 @@ impl Checker<'_, '_> {
 
     /// Ports may share an interface when each has its own tag.
     fn shared_interfaces(&mut self, tables: &[PortTable]) {
-        let mut seen: HashMap<(&str, Option<u16>), &str> = HashMap::new();
+        let mut seen: HashMap<(String, Option<u16>), &str> = HashMap::new();
         for (i, t) in tables.iter().enumerate() {
             let interface = match t.kind {
                 PortKindName::AfXdp | PortKindName::Tap => {
-                    t.interface.as_deref().unwrap_or(&t.name)
+                    t.interface.as_ref().unwrap_or(&t.name).clone()
                 }
                 PortKindName::Vfio => match &t.vfio {
-                    Some(v) => v.device.as_str(),
+                    Some(v) => v.device.clone(),
+                    None => continue,
+                },
+                PortKindName::Airoha => match &t.airoha {
+                    Some(a) => {
+                        let socket = a.socket.as_ref().map(|p| p.display().to_string());
+                        let device = a.device.clone().or(socket).unwrap_or_default();
+                        format!("GDM {} of {device}", a.gdm)
+                    }
                     None => continue,
                 },
                 PortKindName::Pcap | PortKindName::Memory | PortKindName::VhostUser => continue,
             };
-            if let Some(other) = seen.insert((interface, t.vlan), &t.name) {
+            if let Some(other) = seen.insert((interface.clone(), t.vlan), &t.name) {
                 let at = i.to_string();
                 let what = format!(
                     "interface {interface} is already port \"{other}\"; ports that share it need different \"vlan\""
@@ -523,120 +369,17 @@ impl Checker<'_, '_> {
             }
         }
     }
-
-    fn routes(&mut self, ports: &[PortConfig]) -> Vec<RouteConfig> {
-        let tables = &self.d.file.route;
-        let mut seen = HashMap::new();
-        let mut routes = Vec::new();
-        for (i, t) in tables.iter().enumerate() {
-            let at = i.to_string();
-            if !t.to.is_network() {
-                let network =
-                    t.to.range()
-                        .map(|r| r.first().to_string())
-                        .unwrap_or_default();
-                self.wrong(
-                    &["route", &at, "to"],
-                    format!("{} has host bits; write {network}/{}", t.to, t.to.len()),
-                );
-            }
-            if seen.insert((t.vrf, t.to), i).is_some() {
-                self.wrong(
-                    &["route", &at, "to"],
-                    format!("there are two routes to {}", t.to),
-                );
-            }
-            if let Some(next) = self.next_hop(&at, t, ports) {
-                routes.push(RouteConfig {
-                    to: t.to,
-                    vrf: t.vrf,
-                    next,
-                });
-            }
-        }
-        routes
-    }
-
-    fn next_hop(&mut self, at: &str, t: &RouteTable, ports: &[PortConfig]) -> Option<NextHop> {
-        let by_port = t.port.is_some() || t.via.is_some();
-        if usize::from(by_port) + usize::from(t.tunnel.is_some()) + usize::from(t.blackhole) != 1 {
-            self.wrong(
-                &["route", at],
-                "a route has exactly one of: \"port\" or \"via\", \"tunnel\", \"blackhole = true\"",
-            );
-            return None;
-        }
-        if let Some(tunnel) = &t.tunnel {
-            return Some(NextHop::Tunnel(tunnel.clone()));
-        }
-        if t.blackhole {
-            return Some(NextHop::Blackhole);
-        }
-        if let Some(via) = t.via
-            && via.is_ipv4() != t.to.addr().is_ipv4()
-        {
-            self.wrong(
-                &["route", at, "via"],
-                format!("{via} is of another address family than {}", t.to),
-            );
-        }
-        let port = match (&t.port, t.via) {
-            (Some(name), _) => self.port_named(&["route", at, "port"], name, ports)?,
-            (None, via) => {
-                let found = via.and_then(|v| connected(v, t.vrf, ports));
-                self.require(found.is_some(), &["route", at, "via"], || {
-                    let via = via.map(|v| v.to_string()).unwrap_or_default();
-                    format!(
-                        "{via} is in no network of a port in VRF {}; add \"port\"",
-                        t.vrf
-                    )
-                });
-                found?
-            }
-        };
-        Some(NextHop::Port { port, via: t.via })
-    }
-
-    fn neighbours(&mut self, ports: &[PortConfig]) -> Vec<NeighbourConfig> {
-        let mut all = Vec::new();
-        let mut seen = HashMap::new();
-        for (i, t) in self.d.file.neighbour.iter().enumerate() {
-            let at = i.to_string();
-            let Some(port) = self.port_named(&["neighbour", &at, "port"], &t.port, ports) else {
-                continue;
-            };
-            if seen.insert((port, t.ip), i).is_some() {
-                self.wrong(
-                    &["neighbour", &at, "ip"],
-                    format!("there are two neighbours {} on port \"{}\"", t.ip, t.port),
-                );
-            }
-            all.push(NeighbourConfig {
-                ip: t.ip,
-                mac: t.mac,
-                port,
-            });
-        }
-        all
-    }
-
-    fn port_named(&mut self, path: &[&str], name: &str, ports: &[PortConfig]) -> Option<usize> {
-        let found = ports.iter().position(|p| p.name == name);
-        self.require(found.is_some(), path, || {
-            let known: Vec<_> = ports.iter().map(|p| p.name.as_str()).collect();
-            format!(
-                "there is no port \"{name}\"; the ports are {}",
-                known.join(", ")
-            )
-        });
-        found
-    }
 }
 
-fn connected(via: IpAddr, vrf: u16, ports: &[PortConfig]) -> Option<usize> {
-    ports
-        .iter()
-        .position(|p| p.vrf == vrf && p.addresses.iter().any(|a| a.contains(via)))
+/// Whether the kernel would take the name.
+fn is_interface(name: &str) -> bool {
+    let short = (1..16).contains(&name.len());
+    let bad = |b: u8| b == b'/' || b.is_ascii_whitespace();
+    short && !name.bytes().any(bad) && name != "." && name != ".."
+}
+
+fn no_interface(name: &str) -> String {
+    format!("\"{name}\" is no interface name: 1 to 15 characters, no slash, no space")
 }
 
 fn steer(x: AfXdpTable) -> Steer {
