@@ -8,6 +8,7 @@ mod models;
 mod plot;
 
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,6 +28,8 @@ use serde::Serialize;
 use crate::clock::Rates;
 pub use models::Kind;
 pub(crate) use plot::draw;
+
+const COUNT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/engine_instructions");
 
 /// Frames for the packets and for the engines' own rings.
 const FRAMES: u32 = 16 << 10;
@@ -352,6 +355,22 @@ pub fn print(engines: &Engines) {
     for why in &engines.unmeasured {
         println!("not measured: {why}");
     }
+}
+
+/// Counts and prints the instructions that driver and watch take per packet, by callgrind and models in processes of their own.
+///
+/// # Errors
+/// No valgrind, no source tree, or the count failed.
+pub fn count_instructions(suites: &[Suite]) -> Result<()> {
+    println!("\ninstructions per packet, without the model's work and the socket's:");
+    for suite in suites {
+        println!("{suite}");
+        let status = Command::new(COUNT).arg(suite.to_string()).status();
+        if !status.with_context(|| COUNT)?.success() {
+            bail!("{COUNT} failed");
+        }
+    }
+    Ok(())
 }
 
 fn name(engine: &str, model: bool) -> String {

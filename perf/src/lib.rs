@@ -18,5 +18,7 @@ pub mod ports;
 pub mod report;
 pub mod rig;
 pub mod scenario;
+pub mod soak;
 pub mod stages;
+pub mod together;
 pub mod traffic;

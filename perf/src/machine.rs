@@ -196,3 +196,29 @@ fn lock_path() -> PathBuf {
     };
     dir.join("esplanade-perf-hugepages")
 }
+/// Time of all CPUs, and the part of it that the host kept, in the kernel's ticks.
+#[derive(Clone, Copy, Debug)]
+pub struct Stolen {
+    all: u64,
+    stolen: u64,
+}
+
+impl Stolen {
+    /// The part that was kept since an earlier look.
+    pub fn since(self, before: Stolen) -> f64 {
+        let all = self.all.saturating_sub(before.all).max(1);
+        self.stolen.saturating_sub(before.stolen) as f64 / all as f64
+    }
+}
+
+/// As `/proc/stat` tells; `None` where it does not.
+pub fn stolen() -> Option<Stolen> {
+    let text = std::fs::read_to_string("/proc/stat").ok()?;
+    let first = text.lines().next()?.strip_prefix("cpu ")?;
+    let ticks: Vec<u64> = first.split_whitespace().flat_map(str::parse).collect();
+    // user nice system idle iowait irq softirq steal; guests' time is among the first two.
+    Some(Stolen {
+        all: ticks.iter().take(8).sum(),
+        stolen: *ticks.get(7)?,
+    })
+}

@@ -9,9 +9,7 @@ use sa_store::cipher::CipherFactory;
 use sa_store::fib::{Fib, Neighbours, Route, RouteTo};
 use sa_store::policy::{Action, AddrRange, Policy, Ports, Selector};
 use sa_store::runtime::Start;
-use sa_store::sa::{
-    Df, Direction, Dscp, IfId, Limits, Mode, OffloadMode, SaKeys, SaSpec, Spi, Tfc, Vrf,
-};
+use sa_store::sa::{Direction, IfId, SaKeys, SaSpec, Spi, Vrf};
 use sa_store::spd::Spd;
 use sa_store::store::Store;
 use sa_store::suite::Suite;
@@ -182,36 +180,20 @@ impl Scenario {
             Direction::In => (peer, GATEWAY),
         };
         SaSpec {
-            name: format!("sa{sa}"),
             tunnel: tunnel_name(sa),
-            direction,
-            spi: spi(sa),
             src: src.into(),
             dst: dst.into(),
-            mode: Mode::Tunnel,
-            suite: self.suite,
-            keys: keys(self.suite, sa),
-            encap: None,
-            esn: false,
             replay_window: match direction {
                 Direction::In => WINDOW,
                 Direction::Out => 0,
             },
-            first_use: true,
-            soft: Limits::default(),
-            hard: Limits::default(),
-            dscp: Dscp::Copy,
-            df: Df::Copy,
-            ecn: true,
-            ttl: 64,
-            pmtu: None,
-            tfc: Tfc::Off,
-            mss_clamp: false,
-            vrf: Vrf(0),
-            if_id: IfId(0),
-            selectors: Vec::new(),
-            offload: OffloadMode::Software,
-            engine: None,
+            ..SaSpec::plain(
+                &format!("sa{sa}"),
+                direction,
+                spi(sa),
+                self.suite,
+                keys(self.suite, sa),
+            )
         }
     }
 }

@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use esplanade_model::eip93::{self, Eip93};
 use esplanade_model::soe::{self, Soe};
 use esplanade_model::{KnobArgs, Knobs, Model, Running, Server};
-use gateway::config::{EngineAt, EngineConfig, EngineType};
+use gateway::config::{DeviceAt, EngineConfig, EngineType};
 use tempfile::TempDir;
 
 use crate::machine;
@@ -69,7 +69,7 @@ fn serve(kind: Kind, args: &KnobArgs) -> Result<(EngineConfig, Modelled)> {
     let config = EngineConfig {
         name: name.into(),
         kind: engine,
-        at: EngineAt::Socket(path),
+        at: DeviceAt::Socket(path),
         worker: 0,
         verify: 0.0,
         canary: Duration::from_secs(1),

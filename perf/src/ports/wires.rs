@@ -171,6 +171,7 @@ fn tap(arena: &Arc<Arena>, size: usize) -> Result<Subject> {
         name: name.clone(),
         mtu: None,
         up: true,
+        exception: None,
     })?;
     // The kernel's side: AF_XDP on the interface itself.
     Ok(Subject {

@@ -11,21 +11,28 @@
 //! another gateway, with numbers that go on, so that the replay window is at work), taken in by the worker in
 //! bursts, sent. Only the rounds of the worker are timed.
 
+mod lane;
+mod sealer;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, bail};
 use gateway::app::{AssemblyConfig, OpenPort, assemble};
-use gateway::worker::{Locals, PortSetup, Side, StageTicks, Worker};
+use gateway::worker::{PortSetup, Side, StageTicks};
 use pmd::memory::{MemoryPort, PairConfig, pair};
 use pmd::port::MacAddr;
 use pmd::{Arena, ArenaConfig, Frame, HugePolicy, Pool, Port, PortQueue};
 use quanta::Clock;
 use sa_store::cipher::CipherFactory;
 use sa_store::ledger::WorkerCounters;
+use sa_store::local::Locals;
 use sa_store::sa::{Direction, Vrf};
 use sa_store::store::Store;
 
+use self::lane::Lane;
+pub use self::sealer::sealed;
+use self::sealer::sealer;
 use crate::machine;
 use crate::scenario::{Scenario, Spread};
 use crate::traffic::Generator;
@@ -38,23 +45,6 @@ const POOL_CACHE: usize = 64;
 const BROOM: usize = 64 << 20;
 /// Rounds without progress after which a measurement is broken.
 const STUCK: u32 = 10_000_000;
-/// And the least time of it.
-const PATIENCE: std::time::Duration = std::time::Duration::from_secs(10);
-
-/// One worker with its generator.
-struct Lane {
-    generator: Generator,
-    feed: Box<dyn PortQueue>,
-    collect: Box<dyn PortQueue>,
-    sealer: Option<(Worker, Arc<WorkerCounters>)>,
-    worker: Worker,
-    idle: Vec<Frame>,
-    /// Frames that it sends in a step.
-    frames: usize,
-    /// Packets that the worker's rounds told of.
-    worked: u64,
-    pool: Pool,
-}
 
 /// Everything that a scenario needs, ready to be stepped.
 pub struct Rig {
@@ -78,6 +68,42 @@ pub struct Step {
     pub packets: usize,
     /// Time-stamp counter ticks from the first worker's start to the last one's end.
     pub ticks: u64,
+}
+
+/// What workers of a rig with [`Spread::Help`] did with their time, in ticks since the rig was made: the SA's owner, and its
+/// helpers together.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Effort {
+    /// The owner in rounds that moved packets,
+    pub owner_busy: u64,
+    /// and in those that did not: all it has is with helpers.
+    pub owner_waits: u64,
+    /// Helpers in rounds that ciphered,
+    pub helpers_busy: u64,
+    /// and in those that found nothing to do.
+    pub helpers_idle: u64,
+    /// Packets that helpers ciphered.
+    pub helped: u64,
+    /// Packets of the shared SA that the owner ciphered.
+    pub kept: u64,
+    /// Times that ciphered packets waited for earlier ones at a helper.
+    pub held_up: u64,
+}
+
+impl std::ops::Sub for Effort {
+    type Output = Effort;
+
+    fn sub(self, before: Effort) -> Effort {
+        Effort {
+            owner_busy: self.owner_busy - before.owner_busy,
+            owner_waits: self.owner_waits - before.owner_waits,
+            helpers_busy: self.helpers_busy - before.helpers_busy,
+            helpers_idle: self.helpers_idle - before.helpers_idle,
+            helped: self.helped - before.helped,
+            kept: self.kept - before.kept,
+            held_up: self.held_up - before.held_up,
+        }
+    }
 }
 
 impl Rig {
@@ -162,6 +188,9 @@ impl Rig {
                 idle,
                 frames,
                 worked: 0,
+                timed: scenario.spread == Spread::Help,
+                busy: 0,
+                idle_ticks: 0,
                 pool: Pool::new(arena, POOL_CACHE),
             });
         }
@@ -253,6 +282,27 @@ impl Rig {
     /// Packets that the workers beside the first told of: with [`Spread::Help`] those that they ciphered.
     pub fn helped(&self) -> u64 {
         self.lanes.iter().skip(1).map(|lane| lane.worked).sum()
+    }
+
+    /// What the workers did with their time so far.
+    pub fn effort(&self) -> Effort {
+        let mut all = Effort {
+            helped: self.helped(),
+            ..Effort::default()
+        };
+        for (n, lane) in self.lanes.iter().enumerate() {
+            let (busy, idle) = match n {
+                0 => (&mut all.owner_busy, &mut all.owner_waits),
+                _ => (&mut all.helpers_busy, &mut all.helpers_idle),
+            };
+            *busy += lane.busy;
+            *idle += lane.idle_ticks;
+        }
+        for c in &self.counters {
+            all.kept += c.parallel.kept.value();
+            all.held_up += c.parallel.held_up.value();
+        }
+        all
     }
 
     /// All workers at once, each on its own CPU; the clock runs from the common start to the last one's end.
@@ -365,48 +415,6 @@ impl Drop for Rig {
     }
 }
 
-impl Lane {
-    /// Writes all frames anew and puts them before the worker. The clock stands still.
-    fn prepare(&mut self) -> Result<()> {
-        for frame in &mut self.idle {
-            self.generator.fill(frame);
-        }
-        self.feed.tx_burst(&mut self.pool, &mut self.idle);
-        if !self.idle.is_empty() {
-            bail!("the worker's receive ring is too short");
-        }
-        let Some((sealer, counters)) = &mut self.sealer else {
-            return Ok(());
-        };
-        let target = counters.sent.value() + self.frames as u64;
-        let mut idle = 0;
-        while counters.sent.value() < target {
-            idle = if sealer.round() == 0 { idle + 1 } else { 0 };
-            if idle > STUCK {
-                bail!("the sealing gateway lost packets");
-            }
-        }
-        Ok(())
-    }
-
-    /// Rounds until everything is sent. Returns the ticks that it took.
-    fn run(&mut self, clock: &Clock, done: impl Fn() -> bool) -> u64 {
-        self.worker.skip_stage();
-        let start = clock.raw();
-        let mut idle = 0;
-        while !done() {
-            let worked = self.worker.round();
-            self.worked += worked as u64;
-            idle = if worked == 0 { idle + 1 } else { 0 };
-            // Other workers may not have been scheduled yet: stuck is a matter of rounds and of time.
-            if idle > STUCK && clock.delta(start, clock.raw()) > PATIENCE {
-                break;
-            }
-        }
-        clock.raw() - start
-    }
-}
-
 /// An arena for a scenario, and the page size that it got.
 ///
 /// # Errors
@@ -435,68 +443,6 @@ pub fn generator(scenario: &Scenario) -> Generator {
     Generator::new(scenario.mix.clone(), flows.collect(), WORKER_MAC)
 }
 
-/// Gives `take` frames with `count` packets of an inbound scenario with one worker, sealed as the worker gets them.
-///
-/// # Errors
-/// Those of `take`; or the sealing gateway does not work.
-pub fn sealed(
-    scenario: &Scenario,
-    factory: &dyn CipherFactory,
-    arena: &Arc<Arena>,
-    count: usize,
-    mut take: impl FnMut(&[u8]) -> Result<()>,
-) -> Result<()> {
-    let one = |near: &str, far: &str| {
-        let config = PairConfig {
-            queues: 1,
-            ring: pmd::BURST,
-            mtu: 1500,
-        };
-        let (near, far) = pair(near, far, &config);
-        Ok::<_, anyhow::Error>((open(near, 1, arena)?, open(far, 1, arena)?))
-    };
-    let (mut feed, inside) = one("generator", "inside")?;
-    let (outside, mut collect) = one("outside", "capture")?;
-    let outside = outside
-        .into_iter()
-        .next()
-        .context("a queue was asked for")?;
-    let (mut worker, counters) = sealer(scenario, factory, arena, 0, inside, outside)?;
-    let (feed, collect) = (&mut feed[0], &mut collect[0]);
-    let mut generator = generator(scenario);
-    let mut pool = Pool::new(arena, POOL_CACHE);
-    let mut frames = Vec::with_capacity(pmd::BURST);
-    let mut left = count;
-    let mut outcome = Ok(());
-    while left != 0 && outcome.is_ok() {
-        let burst = left.min(pmd::BURST);
-        pool.get_bulk(&mut frames, burst);
-        for frame in &mut frames {
-            generator.fill(frame);
-        }
-        let target = counters.sent.value() + frames.len() as u64;
-        feed.tx_burst(&mut pool, &mut frames);
-        let mut idle = 0;
-        while counters.sent.value() < target && idle < STUCK {
-            idle = if worker.round() == 0 { idle + 1 } else { 0 };
-        }
-        pool.put_bulk(&mut frames);
-        let got = collect.rx_burst(&mut pool, &mut frames, burst);
-        if got != burst {
-            outcome = Err(anyhow::anyhow!("the sealing gateway lost packets"));
-        }
-        for frame in &frames {
-            outcome = outcome.and_then(|()| take(frame.data()));
-        }
-        pool.put_bulk(&mut frames);
-        left -= burst;
-    }
-    worker.shut_down();
-    feed.drain(&mut pool);
-    collect.drain(&mut pool);
-    outcome
-}
-
 /// Lane that a flow's packets come in by.
 fn lane_of(scenario: &Scenario, flow: u32) -> usize {
     let workers = scenario.workers;
@@ -514,6 +460,7 @@ fn open(port: MemoryPort, n: usize, arena: &Arc<Arena>) -> Result<Vec<Box<dyn Po
 
 fn port(name: &str, side: Side, queues: Vec<Box<dyn PortQueue>>) -> OpenPort {
     OpenPort {
+        worker: None,
         setup: PortSetup {
             name: name.to_owned(),
             side,
@@ -524,6 +471,7 @@ fn port(name: &str, side: Side, queues: Vec<Box<dyn PortQueue>>) -> OpenPort {
             shares: None,
         },
         queues,
+        taps: Vec::new(),
     }
 }
 
@@ -542,93 +490,5 @@ fn config(scenario: &Scenario, workers: usize) -> AssemblyConfig {
     }
 }
 
-/// A gateway of one worker that seals what the lane's generator makes.
-fn sealer(
-    scenario: &Scenario,
-    factory: &dyn CipherFactory,
-    arena: &Arc<Arena>,
-    lane: usize,
-    inside: Vec<Box<dyn PortQueue>>,
-    outside: Box<dyn PortQueue>,
-) -> Result<(Worker, Arc<WorkerCounters>)> {
-    let ports = vec![
-        port("clear", Side::Inside, inside),
-        port("sealed", Side::Outside, vec![outside]),
-    ];
-    let mut gateway = assemble(config(scenario, 1), arena, ports)?;
-    let mut wanted = vec![false; scenario.sas as usize];
-    for flow in (0..scenario.flows).filter(|flow| lane_of(scenario, *flow) == lane) {
-        wanted[scenario.sa_of(flow) as usize] = true;
-    }
-    scenario.install(
-        &mut gateway.store,
-        Direction::Out,
-        factory,
-        &gateway.clock,
-        |sa| wanted[sa as usize],
-    )?;
-    let worker = gateway.workers.pop().context("one worker was asked for")?;
-    Ok((worker, gateway.counters.remove(0)))
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use gateway::crypto::{Fixed, rustcrypto::RustCrypto};
-
-    fn step_all(direction: Direction, workers: usize, spread: Spread) -> Rig {
-        let one = spread == Spread::Help;
-        let scenario = Scenario {
-            suite: "aes-128-gcm-16".parse().unwrap(),
-            direction,
-            sas: if one { 1 } else { 12 },
-            flows: 24,
-            policies: 50,
-            workers,
-            spread,
-            mix: if one { "1420" } else { "imix" }.parse().unwrap(),
-            frames: if one { 1024 } else { 128 },
-        };
-        let arena = arena_for(workers, scenario.frames).unwrap();
-        let mut rig = Rig::new(&scenario, &Fixed(RustCrypto), &arena).unwrap();
-        for _ in 0..5 {
-            let packets = rig.step(|_| ()).unwrap().packets;
-            assert_eq!(packets, if one { 1024 } else { 128 * workers });
-        }
-        rig
-    }
-
-    #[test]
-    fn every_packet_comes_out_sealed_and_opened_again() {
-        for direction in [Direction::Out, Direction::In] {
-            let rig = step_all(direction, 1, Spread::Owner);
-            let counters = &rig.counters[0];
-            let (sealed, opened) = (counters.encrypted.value(), counters.decrypted.value());
-            match direction {
-                Direction::Out => assert_eq!((sealed, opened), (640, 0)),
-                Direction::In => assert_eq!((sealed, opened), (0, 640)),
-            }
-        }
-    }
-
-    #[test]
-    fn packets_are_handed_over_only_when_they_come_to_the_wrong_worker() {
-        for direction in [Direction::Out, Direction::In] {
-            assert_eq!(step_all(direction, 2, Spread::Owner).handed_over(), 0);
-            let handed = step_all(direction, 2, Spread::Any).handed_over();
-            assert!((500..800).contains(&handed), "{handed} of 1280");
-        }
-    }
-
-    #[test]
-    fn workers_help_with_one_sa_and_its_packets_stay_in_order() {
-        for direction in [Direction::Out, Direction::In] {
-            let rig = step_all(direction, 2, Spread::Help);
-            let snapshot = rig.store.current();
-            let sa = snapshot.sa_at(0).unwrap();
-            assert_eq!(sa.live.counters.replays.value(), 0);
-            assert!(rig.helped() > 0, "{direction:?}: nobody helped");
-            assert_eq!(rig.handed_over(), 0);
-        }
-    }
-}
+mod tests;
