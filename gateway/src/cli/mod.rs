@@ -15,12 +15,14 @@
 mod check;
 mod client;
 mod devices;
+mod events;
 mod explain;
 mod import;
 pub(crate) mod log;
 mod routes;
 mod run;
 mod show;
+mod stats;
 pub(crate) mod table;
 
 use std::fmt::Display;
@@ -62,13 +64,13 @@ enum Command {
         command: PolicyCommand,
     },
     /// Counters of the running gateway.
-    Stats(show::StatsArgs),
+    Stats(stats::StatsArgs),
     /// Let the running gateway read its SA files again.
     Reload(ClientArgs),
     /// Readiness of the running gateway and the outcome of its latest reload.
     Status(ClientArgs),
     /// Recent events of the running gateway.
-    Events(show::EventsArgs),
+    Events(events::EventsArgs),
     /// Ports of the running gateway.
     Ports(ClientArgs),
     /// Look-aside engines of the running gateway, and how far they are trusted.
@@ -246,10 +248,10 @@ fn dispatch(command: Command) -> Result<(), Failure> {
         Command::Policy {
             command: PolicyCommand::List(client),
         } => show::policy_list(&client),
-        Command::Stats(args) => show::stats(&args),
+        Command::Stats(args) => stats::stats(&args),
         Command::Reload(client) => show::reload(&client),
         Command::Status(client) => show::pretty(&client, &Api::Status),
-        Command::Events(args) => show::events(&args),
+        Command::Events(args) => events::events(&args),
         Command::Ports(client) => show::ports(&client),
         Command::Engines(client) => show::engines(&client),
         Command::Routes(args) => routes::routes(&args),

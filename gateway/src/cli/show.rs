@@ -1,43 +1,16 @@
 //! What the running gateway tells, as tables or JSON.
 
-use std::io::Write;
 use std::path::PathBuf;
-use std::time::Duration;
 
-use clap::Args;
-use control::api::{Command, Left, PolicyInfo, SaInfo, Stats};
+use control::api::{Command, Left, PolicyInfo, SaInfo};
 use control::core::Reload;
-use control::events::{Batch, Edge, Event};
 use control::plane::{CaptureReport, CaptureRequest, EngineReport, PortReport};
 use control::xfrm::MirrorReport;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::client::{ask, ask_value, stream};
+use super::client::{ask, ask_value};
 use super::table::{number, print};
 use super::{ClientArgs, Failure};
-
-/// `stats`
-#[derive(Debug, Args)]
-pub(super) struct StatsArgs {
-    /// Show rates, again every this many seconds.
-    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1")]
-    watch: Option<u64>,
-    #[command(flatten)]
-    client: ClientArgs,
-}
-
-/// `events`
-#[derive(Debug, Args)]
-pub(super) struct EventsArgs {
-    /// Only those after this number.
-    #[arg(long, alias = "after", value_name = "NUMBER")]
-    since: Option<u64>,
-    /// Go on with every event as it happens. Begins with the states that hold, or with what came after --since.
-    #[arg(long, short)]
-    follow: bool,
-    #[command(flatten)]
-    client: ClientArgs,
-}
 
 pub(super) fn sa_list(client: &ClientArgs, tunnel: Option<String>) -> Result<(), Failure> {
     let command = Command::SaList { tunnel };
@@ -136,164 +109,6 @@ pub(super) fn policy_list(client: &ClientArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-pub(super) fn stats(args: &StatsArgs) -> Result<(), Failure> {
-    let client = &args.client;
-    let Some(seconds) = args.watch else {
-        if client.json {
-            return pretty(client, &Command::Stats);
-        }
-        let now: Stats = ask(client, &Command::Stats)?;
-        totals(&now);
-        return Ok(());
-    };
-    let mut before: Stats = ask(client, &Command::Stats)?;
-    loop {
-        std::thread::sleep(Duration::from_secs(seconds.max(1)));
-        let now: Stats = ask(client, &Command::Stats)?;
-        if client.json {
-            println!("{}", serde_json::to_value(&now).unwrap_or_default());
-        } else {
-            rates(&before, &now);
-        }
-        before = now;
-    }
-}
-
-fn totals(s: &Stats) {
-    println!("snapshot {}, {} SAs\n", s.epoch, s.sas);
-    let workers: Vec<_> = s
-        .workers
-        .iter()
-        .map(|w| {
-            let cpu = w.cpu.map_or_else(|| "-".into(), |c| c.to_string());
-            let counts = [
-                w.received,
-                w.sent,
-                w.encrypted,
-                w.decrypted,
-                w.bypassed,
-                w.handed_out,
-                w.dropped,
-                w.shared,
-                w.assisted,
-                w.shared_waiting,
-                w.held_up,
-            ];
-            [w.worker.to_string(), cpu]
-                .into_iter()
-                .chain(counts.map(number))
-                .collect()
-        })
-        .collect();
-    print(
-        &[
-            ">worker",
-            ">CPU",
-            ">received",
-            ">sent",
-            ">encrypted",
-            ">decrypted",
-            ">bypassed",
-            ">handed over",
-            ">dropped",
-            ">shared",
-            ">assisted",
-            ">shared, waiting",
-            ">held up",
-        ],
-        &workers,
-    );
-    println!();
-    ports_table(&s.ports);
-    println!();
-    let named = s.tunnels.iter().any(|t| t.names.ike.is_some());
-    let tunnels: Vec<Vec<_>> = s
-        .tunnels
-        .iter()
-        .map(|t| {
-            let counts = [
-                t.out_packets,
-                t.out_bytes,
-                t.in_packets,
-                t.in_bytes,
-                t.errors,
-                t.lost,
-                t.rekeys,
-            ];
-            [t.name.clone()]
-                .into_iter()
-                .chain(named.then(|| t.names.to_string()))
-                .chain(counts.map(number))
-                .collect()
-        })
-        .collect();
-    let counts = [
-        ">out packets",
-        ">out bytes",
-        ">in packets",
-        ">in bytes",
-        ">errors",
-        ">lost",
-        ">rekeys",
-    ];
-    let headings = ["tunnel"].into_iter().chain(named.then_some("IKE names"));
-    print(&headings.chain(counts).collect::<Vec<_>>(), &tunnels);
-    if !s.drops.is_empty() {
-        println!();
-        let drops: Vec<_> = s
-            .drops
-            .iter()
-            .map(|d| vec![d.reason.clone(), number(d.frames)])
-            .collect();
-        print(&["drop reason", ">frames"], &drops);
-    }
-    if !s.consumed.is_empty() {
-        println!();
-        let consumed: Vec<_> = s
-            .consumed
-            .iter()
-            .map(|c| vec![c.kind.clone(), number(c.frames)])
-            .collect();
-        print(&["consumed", ">frames"], &consumed);
-    }
-    if !s.punts.is_empty() {
-        println!();
-        let punts: Vec<_> = s
-            .punts
-            .iter()
-            .map(|p| vec![p.class.clone(), number(p.given), number(p.turned_away)])
-            .collect();
-        print(&["for the kernel", ">given", ">turned away"], &punts);
-    }
-}
-
-#[allow(clippy::cast_precision_loss, reason = "rates for people")]
-fn rates(before: &Stats, now: &Stats) {
-    let seconds = now.clock.saturating_sub(before.clock) as f64 / 1e9;
-    let per_second = |a: u64, b: u64| b.saturating_sub(a) as f64 / seconds.max(1e-9);
-    let sum =
-        |s: &Stats, f: fn(&control::api::WorkerInfo) -> u64| s.workers.iter().map(f).sum::<u64>();
-    let bytes = |s: &Stats| {
-        s.tunnels
-            .iter()
-            .map(|t| (t.out_bytes, t.in_bytes))
-            .fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1))
-    };
-    let mega =
-        |f: fn(&control::api::WorkerInfo) -> u64| per_second(sum(before, f), sum(now, f)) / 1e6;
-    let (out_before, in_before) = bytes(before);
-    let (out_now, in_now) = bytes(now);
-    println!(
-        "encrypted {:8.3} Mpps {:8.3} Gbit/s   decrypted {:8.3} Mpps {:8.3} Gbit/s   bypassed {:8.3} Mpps   dropped {:8.3} Mpps",
-        mega(|w| w.encrypted),
-        per_second(out_before, out_now) * 8.0 / 1e9,
-        mega(|w| w.decrypted),
-        per_second(in_before, in_now) * 8.0 / 1e9,
-        mega(|w| w.bypassed),
-        mega(|w| w.dropped),
-    );
-}
-
 pub(super) fn reload(client: &ClientArgs) -> Result<(), Failure> {
     let value = ask_value(client, &Command::Reload)?;
     if client.json {
@@ -318,96 +133,6 @@ pub(super) fn reload(client: &ClientArgs) -> Result<(), Failure> {
         );
     }
     Ok(())
-}
-
-pub(super) fn events(args: &EventsArgs) -> Result<(), Failure> {
-    if args.follow {
-        return follow(args);
-    }
-    let after = args.since.unwrap_or(0);
-    let command = Command::Events { after };
-    if args.client.json {
-        return pretty(&args.client, &command);
-    }
-    let list: Vec<Event> = ask(&args.client, &command)?;
-    let rows: Vec<_> = list
-        .into_iter()
-        .map(|e| {
-            vec![
-                e.number.to_string(),
-                e.time.to_string(),
-                kind(&e),
-                e.tunnel.unwrap_or_default(),
-                e.sa.unwrap_or_default(),
-                e.text.unwrap_or_default(),
-            ]
-        })
-        .collect();
-    print(
-        &[">number", ">unix time", "event", "tunnel", "SA", ""],
-        &rows,
-    );
-    Ok(())
-}
-
-/// Prints events until the gateway or the reader of the output goes.
-fn follow(args: &EventsArgs) -> Result<(), Failure> {
-    let command = Command::Follow { since: args.since };
-    let mut out = std::io::stdout().lock();
-    stream(&args.client, &command, &mut |value| {
-        let batch: Batch = serde_json::from_value(value)
-            .map_err(|e| Failure::failed(format!("the gateway's answer is not understood: {e}")))?;
-        let lines = if args.client.json {
-            json_lines(&batch)
-        } else {
-            text_lines(&batch)
-        };
-        // Whoever read the output has gone.
-        let written = lines.iter().try_for_each(|l| writeln!(out, "{l}"));
-        Ok(written.and_then(|()| out.flush()).is_ok())
-    })
-}
-
-/// One object a line: `{"missed":n}`, `{"holds":event}` for each state that holds, `{"event":event}`.
-fn json_lines(batch: &Batch) -> Vec<String> {
-    let missed = (batch.missed > 0).then(|| json!({ "missed": batch.missed }));
-    let holds = batch.states.iter().flatten().map(|e| json!({ "holds": e }));
-    let events = batch.events.iter().map(|e| json!({ "event": e }));
-    let all = missed.into_iter().chain(holds).chain(events);
-    all.map(|v| v.to_string()).collect()
-}
-
-fn text_lines(batch: &Batch) -> Vec<String> {
-    let line = |mark: &str, e: &Event| {
-        let about = [&e.tunnel, &e.sa].into_iter().flatten();
-        let about: Vec<&str> = about.map(String::as_str).collect();
-        let text = e.text.as_deref().unwrap_or_default();
-        let all = format!(
-            "{:>8} {} {mark}{} {} {text}",
-            e.number,
-            e.time,
-            kind(e),
-            about.join(" ")
-        );
-        all.trim_end().to_owned()
-    };
-    let missed = (batch.missed > 0).then(|| {
-        format!(
-            "         {} events were missed; what holds now follows",
-            batch.missed
-        )
-    });
-    let holds = batch.states.iter().flatten().map(|e| line("holds: ", e));
-    let events = batch.events.iter().map(|e| line("", e));
-    missed.into_iter().chain(holds).chain(events).collect()
-}
-
-/// Kind of an event; states say whether they begin or end.
-fn kind(e: &Event) -> String {
-    match e.state {
-        Some(Edge::Off) => format!("{} (over)", e.kind),
-        Some(Edge::On) | None => e.kind.clone(),
-    }
 }
 
 pub(super) fn ports(client: &ClientArgs) -> Result<(), Failure> {
@@ -509,7 +234,7 @@ pub(super) fn engines(client: &ClientArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-fn ports_table(list: &[PortReport]) {
+pub(super) fn ports_table(list: &[PortReport]) {
     let rows: Vec<_> = list
         .iter()
         .map(|p| {

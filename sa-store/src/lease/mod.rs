@@ -55,4 +55,6 @@ pub fn fuzz_store(data: &[u8]) {
 }
 
 #[cfg(test)]
+mod powercut;
+#[cfg(test)]
 mod tests;
