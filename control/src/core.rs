@@ -2,7 +2,7 @@
 
 use std::net::{Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use sa_store::cipher::CipherFactory;
@@ -109,6 +109,11 @@ pub struct Control {
     pub(crate) mirror_state: MirrorReport,
     /// Names of the mirror's tunnels in the daemon's configuration, when it is asked for them.
     pub(crate) names: Option<vici::Shared>,
+}
+
+/// Control, to oneself. One who panicked with it left it whole: what it changes in steps, it publishes in one.
+pub(crate) fn lock(control: &Mutex<Control>) -> MutexGuard<'_, Control> {
+    control.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Control {
@@ -395,6 +400,9 @@ impl Control {
     /// # Errors
     /// The store did not take it; nothing is reused, but numbers are skipped at the next start.
     pub fn finish(mut self, stopped: bool) -> Result<(), LeaseError> {
+        // A change may have waited for the disk.
+        self.rosters.files.claim_no_more(&self.leases)?;
+        self.rosters.mirror.claim_no_more(&self.leases)?;
         self.keeper.finish(stopped, &self.leases)?;
         self.leases.stop().map(drop)
     }

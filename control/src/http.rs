@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use http_body_util::Full;
@@ -15,7 +15,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
-use crate::core::Control;
+use crate::core::{Control, lock};
 use crate::metrics::Exporter;
 
 /// Connections at a time; more wait in the kernel's queue.
@@ -113,10 +113,6 @@ fn ready(control: &Control) -> Answer {
         StatusCode::SERVICE_UNAVAILABLE
     };
     respond(status, "application/json", format!("{body}\n").into_bytes())
-}
-
-fn lock(control: &Arc<Mutex<Control>>) -> std::sync::MutexGuard<'_, Control> {
-    control.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn text(status: StatusCode, body: &str) -> Answer {

@@ -1,12 +1,12 @@
 //! Changes of the running gateway. While SA files are read and the disk takes leases in, control goes on with everything
 //! else: the kernel's news, rekeys, packets that wait for a neighbour.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use sa_store::lease::LeaseError;
 
-use crate::core::Control;
+use crate::core::{Control, lock};
 use crate::desired;
 use crate::mirrored::{Mirrored, PartId};
 use crate::origins::Reload;
@@ -73,15 +73,13 @@ impl Control {
     }
 }
 
-fn lock(control: &Arc<Mutex<Control>>) -> MutexGuard<'_, Control> {
-    control.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
 
     use sa_store::file::{Config, parse};
+    use sa_store::lease::{LeaseStore, LeaseWriter};
+    use sa_store::sa::Direction;
 
     use super::*;
     use crate::common::{Plane, control, sa_file, write_private};
@@ -123,6 +121,16 @@ mod tests {
     }
 
     #[test]
+    fn tunnels_go_to_the_workers_in_the_order_of_the_files() {
+        let mut c = control(&Arc::default(), Vec::new());
+        let text = sa_file(40, 0, 0);
+        let wanted = parse(&text, Path::new("sa.toml")).unwrap_or_else(|p| panic!("{p}"));
+        assert!(c.apply(wanted).ok);
+        let names = c.store.tunnels().iter().map(|t| t.name.as_str());
+        assert!(names.eq((0..40).map(|n| format!("t{n}"))));
+    }
+
+    #[test]
     fn the_other_origin_has_what_it_claimed_while_the_files_change() {
         let mut c = control(&Arc::default(), Vec::new());
         let wanted = Mirrored {
@@ -135,6 +143,23 @@ mod tests {
         let outcome = c.apply(config(4)).clone();
         let problem = outcome.problems.first().expect("the mirror's keys");
         assert!(problem.contains("in use"), "{problem}");
+    }
+
+    #[test]
+    fn an_end_while_a_change_waits_for_the_disk_costs_its_sas_no_number() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || LeaseStore::open(dir.path()).unwrap();
+        let mut c = control(&Arc::default(), Vec::new());
+        c.leases = LeaseWriter::start(open(), Box::new(|e| panic!("{e}"))).unwrap();
+        let wanted = config(0);
+        c.claim_for_files(&wanted);
+        wait(&c);
+        c.finish(true).unwrap();
+        let mut store = open();
+        for sa in &wanted.sas {
+            let first = u64::from(sa.direction == Direction::Out);
+            assert_eq!(store.claim(sa).unwrap().value, first, "{}", sa.name);
+        }
     }
 
     #[tokio::test]

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 
 use crate::api::{self, ApiConfig, ApiError};
-use crate::core::{Control, Parts, Reload};
+use crate::core::{Control, Parts, Reload, lock};
 use crate::http;
 use crate::kernel;
 use crate::metrics::Exporter;
@@ -414,10 +414,6 @@ impl Work {
             tracing::error!(error = %e, "the API is not served");
         }
     }
-}
-
-fn lock(control: &Arc<Mutex<Control>>) -> MutexGuard<'_, Control> {
-    control.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn notify(state: &[NotifyState<'_>]) {

@@ -76,7 +76,7 @@ pub(super) fn answer(c: &mut Control, command: Command) -> Result<Value, String>
     }
 }
 
-fn value(v: &impl Serialize) -> Result<Value, String> {
+pub(super) fn value(v: &impl Serialize) -> Result<Value, String> {
     serde_json::to_value(v).map_err(|e| e.to_string())
 }
 

@@ -12,7 +12,7 @@ mod answer;
 mod report;
 mod server;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -23,10 +23,11 @@ pub use report::{
 };
 pub use server::{ApiConfig, ApiError, Listener, serve};
 
-use crate::core::Control;
+use crate::core::{Control, lock};
 use crate::explain::Query;
 use crate::kernel::{NeighbourQuery, RouteQuery};
 use crate::plane::CaptureRequest;
+use crate::reload::reload;
 
 /// Version of the protocol.
 pub const VERSION: u64 = 1;
@@ -87,16 +88,21 @@ pub enum Command {
     Explain(Query),
 }
 
-/// Answers one line.
-pub fn answer_line(line: &[u8], control: &Arc<Mutex<Control>>) -> Value {
-    let result = parse(line).and_then(|command| {
-        let mut control = control.lock().unwrap_or_else(PoisonError::into_inner);
-        answer::answer(&mut control, command)
-    });
-    match result {
+/// Carries out a command.
+async fn answer_to(command: Command, control: &Arc<Mutex<Control>>) -> Result<Value, String> {
+    match command {
+        Command::Reload => answer::value(&reload(control).await),
+        other => answer::answer(&mut lock(control), other),
+    }
+}
+
+/// Writes an answer line.
+fn line_of(result: Result<Value, String>) -> String {
+    let value = match result {
         Ok(data) => json!({ "v": VERSION, "ok": true, "data": data }),
         Err(error) => json!({ "v": VERSION, "ok": false, "error": error }),
-    }
+    };
+    format!("{value}\n")
 }
 
 /// Reads a request.

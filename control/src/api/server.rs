@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use nix::sys::stat::{Mode, umask};
@@ -11,10 +11,9 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 
-use super::{Command, answer_line, parse};
-use crate::core::Control;
-use crate::events::Batch;
-use crate::reload::reload;
+use super::answer::value;
+use super::{Command, answer_to, line_of, parse};
+use crate::core::{Control, lock};
 
 /// Longest request, bytes.
 const MAX_LINE: u64 = 64 * 1024;
@@ -169,28 +168,22 @@ async fn converse(
         if n == 0 {
             return Ok(());
         }
-        let whole = line.ends_with(b"\n") || (n as u64) < MAX_LINE;
-        if whole && let Ok(Command::Follow { since }) = parse(&line) {
-            match followers.try_acquire() {
-                Ok(_permit) => return follow(&mut reader, &mut write, control, since).await,
-                Err(_) => {
-                    let answer = serde_json::json!({ "v": super::VERSION, "ok": false, "error": format!("{MAX_FOLLOWERS} clients follow events already") });
-                    return send(&mut write, &format!("{answer}\n")).await;
-                }
+        if !line.ends_with(b"\n") && n as u64 == MAX_LINE {
+            let too_long = format!("a request has at most {MAX_LINE} bytes");
+            return send(&mut write, &line_of(Err(too_long))).await;
+        }
+        let result = match parse(&line) {
+            Ok(Command::Follow { since }) => {
+                let Ok(_permit) = followers.try_acquire() else {
+                    let full = format!("{MAX_FOLLOWERS} clients follow events already");
+                    return send(&mut write, &line_of(Err(full))).await;
+                };
+                return follow(&mut reader, &mut write, control, since).await;
             }
-        }
-        let answer = if whole && matches!(parse(&line), Ok(Command::Reload)) {
-            let outcome = reload(control).await;
-            serde_json::json!({ "v": super::VERSION, "ok": true, "data": outcome })
-        } else if whole {
-            answer_line(&line, control)
-        } else {
-            serde_json::json!({ "v": super::VERSION, "ok": false, "error": format!("a request has at most {MAX_LINE} bytes") })
+            Ok(command) => answer_to(command, control).await,
+            Err(problem) => Err(problem),
         };
-        send(&mut write, &format!("{answer}\n")).await?;
-        if !whole {
-            return Ok(());
-        }
+        send(&mut write, &line_of(result)).await?;
     }
 }
 
@@ -208,7 +201,7 @@ async fn follow(
     mut since: Option<u64>,
 ) -> std::io::Result<()> {
     let (mut news, first) = {
-        let control = control.lock().unwrap_or_else(PoisonError::into_inner);
+        let control = lock(control);
         (
             control.events.subscribe(),
             control.events.batch(since, BATCH),
@@ -218,13 +211,9 @@ async fn follow(
     loop {
         if let Some(b) = batch.take() {
             since = Some(b.last);
-            send(write, &line_of(&b)).await?;
+            send(write, &line_of(value(&b))).await?;
         }
-        let next = control
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .events
-            .batch(since, BATCH);
+        let next = lock(control).events.batch(since, BATCH);
         if next.missed > 0 || !next.events.is_empty() {
             batch = Some(next);
             continue;
@@ -244,11 +233,4 @@ async fn follow(
             }
         }
     }
-}
-
-fn line_of(batch: &Batch) -> String {
-    format!(
-        "{}\n",
-        serde_json::json!({ "v": super::VERSION, "ok": true, "data": batch })
-    )
 }

@@ -38,10 +38,6 @@ impl Change<'_, '_> {
         for old in plan.leaving(&self.holding.keep) {
             self.draft.remove_sa(old.fixed.id);
         }
-        // A policy may name a tunnel that has no SA yet.
-        for name in &self.order.tunnels {
-            self.kit.store.tunnel(name);
-        }
         let leases = claims.by_name();
         let mut tracked = Vec::with_capacity(plan.wanted.len());
         for w in &plan.wanted {

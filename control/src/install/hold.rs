@@ -25,7 +25,7 @@ impl Holding {
         machine: &Machine,
         plan: &Plan<'_>,
         order: &Order<'_>,
-        store: &mut Store,
+        store: &Store,
     ) -> Self {
         let gone_at_once = replaced(plan);
         let mut tunnels: HashMap<&str, Wanted> = HashMap::new();
@@ -53,7 +53,9 @@ impl Holding {
         }
         let mut all = Self::default();
         for (name, wanted) in tunnels {
-            let idx = store.tunnel(name);
+            let Some(idx) = store.find_tunnel(name) else {
+                continue;
+            };
             let hold = machine.hold(idx, &wanted);
             all.keep.extend(hold.keep);
             if let Some(sender) = hold.sender

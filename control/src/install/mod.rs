@@ -189,7 +189,7 @@ pub fn apply(
         }
         done => done,
     };
-    if let Err(e) = roster.ahead.end(kit.writer) {
+    if let Err(e) = roster.claim_no_more(kit.writer) {
         tracing::error!(error = %e, "leases of SAs that were not installed could not be given back");
     }
     done
@@ -211,6 +211,11 @@ fn attempt(
     let heirs: Vec<_> = plan.inbound_heirs().cloned().collect();
     let stopped = stop_and_wait(kit, &heirs)?;
 
+    // In the order of the configuration, which decides the workers that own them, as at any other start. A policy may name
+    // a tunnel that has no SA yet.
+    for name in &order.tunnels {
+        kit.store.tunnel(name);
+    }
     let holding = match &kit.machine {
         Some(machine) => Holding::new(machine, &plan, order, kit.store),
         None => Holding::default(),

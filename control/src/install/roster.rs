@@ -35,6 +35,14 @@ impl Roster {
         self.ahead.claim(new.into_iter(), writer)
     }
 
+    /// The change that was claimed for was made, or never will be: what it did not take is given back.
+    ///
+    /// # Errors
+    /// The lease store is gone.
+    pub fn claim_no_more(&mut self, writer: &LeaseWriter) -> Result<(), LeaseError> {
+        self.ahead.end(writer)
+    }
+
     /// Whether the disk need not be waited for any more.
     pub fn is_ready(&self) -> bool {
         self.ahead.is_settled()

@@ -11,7 +11,7 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering::Acquire;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use netlink_sys::{Socket, SocketAddr};
@@ -28,7 +28,7 @@ use super::mirror::Mirror;
 use super::model::{Class, Mac, Update};
 use super::nudge::Nudger;
 use super::request::dump_request;
-use crate::core::Control;
+use crate::core::{Control, lock};
 
 /// Changes are gathered for this long before they are published together.
 const BATCH: Duration = Duration::from_millis(10);
@@ -374,10 +374,6 @@ impl Follower {
             control.events.note(kind, text);
         }
     }
-}
-
-fn lock(control: &Arc<Mutex<Control>>) -> MutexGuard<'_, Control> {
-    control.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn seconds_now() -> u64 {

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant as StdInstant};
 
@@ -15,7 +15,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, tim
 use super::Shared;
 use super::sas::children;
 use super::wire::{self, Framer, Packet, WireError};
-use crate::core::Control;
+use crate::core::{Control, lock};
 
 /// Events that tell of SAs: those of the list, and what changes. A daemon that has not all of the latter is listed more often.
 const LISTED: &str = "list-sa";
@@ -376,8 +376,4 @@ impl Pauses {
         self.next = (now * 2).min(self.last);
         now
     }
-}
-
-fn lock(control: &Arc<Mutex<Control>>) -> MutexGuard<'_, Control> {
-    control.lock().unwrap_or_else(PoisonError::into_inner)
 }

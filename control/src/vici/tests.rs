@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::IpAddr;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
@@ -16,7 +16,7 @@ use super::client::Times;
 use super::{NamesReport, Running, Settings};
 use crate::api::Stats;
 use crate::common::{Plane, control, sa_file};
-use crate::core::Control;
+use crate::core::{Control, lock};
 use crate::metrics::Exporter;
 use crate::mirrored::Mirrored;
 
@@ -91,7 +91,7 @@ fn follow(socket: &Path, control: &Arc<Mutex<Control>>) -> Running {
 }
 
 fn report(control: &Arc<Mutex<Control>>) -> NamesReport {
-    let control = control.lock().unwrap_or_else(PoisonError::into_inner);
+    let control = lock(control);
     control.names.as_ref().unwrap().lock().report().clone()
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sa_store::local::Locals;
@@ -23,7 +23,7 @@ use super::settings::Settings;
 use super::socket::{Asker, Follower, Heard};
 use super::table::Table;
 use super::translate::{Seized, possible, sa_label};
-use crate::core::Control;
+use crate::core::{Control, lock};
 use crate::reload::ready_for;
 use crate::vici::NamesReport;
 
@@ -558,8 +558,4 @@ fn drain(heard: &mut Vec<Heard>, mut take: impl FnMut(&mut Vec<Heard>) -> io::Re
             Err(_) => return,
         }
     }
-}
-
-fn lock(control: &Arc<Mutex<Control>>) -> MutexGuard<'_, Control> {
-    control.lock().unwrap_or_else(PoisonError::into_inner)
 }
