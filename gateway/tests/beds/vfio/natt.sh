@@ -14,7 +14,7 @@ ns peer perl -e '$| = 1; socket(S, 10, 2, 17) && setsockopt(S, 17, 100, pack("i"
 socket=$!
 until_true 10 grep -q "\S" /tmp/socket; grep -q "^socket" /tmp/socket || failed "$(cat /tmp/socket)"
 start
-logged "port=wan .*udp_checksums=true" || failed "the NIC does not make checksums"
+until_true 10 logged "port=wan .*udp_checksums=true" || failed "the NIC does not make checksums"
 reach "at the start"
 ns lan $ping -q -c 4 -i 0.2 10.2.0.1 > /dev/null
 mark before
@@ -28,7 +28,7 @@ grep -q "^pm bus" /sys/bus/pci/devices/$wan_nic/reset_method && echo bus > /sys/
 # Whether it did shows in the gateway's log: over the bus, the kernel says that it cannot, and does.
 echo 1 2> /dev/null > /sys/bus/pci/devices/$wan_nic/reset
 for _ in $(seq 20); do ns lan $ping -c 1 -W 1 -q 10.2.0.1 > /dev/null; logged "running again" && break; done
-logged "running again" || failed "the gateway does not say that the device was reset"
+until_true 10 logged "running again" || failed "the gateway does not say that the device was reset"
 reach "after a reset beneath the driver"
 stop
 echo "  UDP packets that the peer's kernel took: $(counted Udp6InDatagrams), refused: $(counted Udp6InErrors), for their checksum: $(counted Udp6InCsumErrors)"

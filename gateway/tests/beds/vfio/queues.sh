@@ -7,7 +7,7 @@ workers=2
 targets="10.2.0.1 10.2.128.1 fd02::1 fd02:0:0:0:8000::1"
 setup
 start
-for port in lan wan; do logged "port open port=$port .* queues=2" || failed "$port has not two queues"; done
+for port in lan wan; do until_true 10 logged "port open port=$port .* queues=2" || failed "$port has not two queues"; done
 # A link takes seconds with some models.
 for target in $targets; do
     answered() { ns lan $ping -c 1 -W 1 -q $target > /dev/null; }
