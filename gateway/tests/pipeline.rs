@@ -76,13 +76,7 @@ fn several_workers_hand_packets_to_the_owner_and_lose_none() {
             .collect();
         bed.send_left(&burst);
         let (_, r) = bed.settle();
-        assert_eq!(
-            r.len(),
-            50,
-            "{:?} {:?}",
-            bed.dropped(true),
-            bed.dropped(false)
-        );
+        bed.expect(&r, 50);
         let order: Vec<u8> = r.iter().map(|p| payload_of(p)[0]).collect();
         assert!(order.is_sorted(), "order within the flow is kept");
     }
@@ -135,13 +129,7 @@ fn with_df_clear_the_outer_packet_travels_in_fragments_and_is_put_together() {
     });
     bed.send_left(&[udp("10.1.0.1", "10.2.0.1", 64, &[9; 1472])]);
     let (_, r) = bed.settle();
-    assert_eq!(
-        r.len(),
-        1,
-        "{:?} {:?}",
-        bed.dropped(true),
-        bed.dropped(false)
-    );
+    bed.expect(&r, 1);
     assert_eq!(payload_of(&r[0]), [9; 1472]);
     let merged = bed.right.gw.counters[0].consumed[Consumed::Reassembled as usize].value();
     assert_eq!(merged, 1);

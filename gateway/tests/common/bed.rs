@@ -67,15 +67,7 @@ impl Bed {
         let mut quiet = 0;
         while quiet < 4 {
             let mut work = 0;
-            for w in self
-                .left
-                .gw
-                .workers
-                .iter_mut()
-                .chain(&mut self.right.gw.workers)
-            {
-                work += w.round();
-            }
+            work += self.rounds();
             for (host, out) in [
                 (&mut self.left.host, &mut l),
                 (&mut self.right.host, &mut r),
@@ -96,6 +88,13 @@ impl Bed {
             assert_eq!(b.inside, 0, "{b:?}");
         }
         (l, r)
+    }
+
+    /// A round of every worker of both.
+    fn rounds(&mut self) -> usize {
+        let sites = [&mut self.left, &mut self.right];
+        let workers = sites.into_iter().flat_map(|s| &mut s.gw.workers);
+        workers.map(|w| w.round()).sum()
     }
 
     /// Carries frames between the two gateways.
@@ -178,15 +177,7 @@ impl Bed {
     /// Runs rounds without asking that nothing be held.
     pub fn settle_holding(&mut self) {
         for _ in 0..4 {
-            for w in self
-                .left
-                .gw
-                .workers
-                .iter_mut()
-                .chain(&mut self.right.gw.workers)
-            {
-                w.round();
-            }
+            self.rounds();
             self.carry();
         }
         let b = Balance::of(self.right.gw.counters.iter().map(|c| &**c));
@@ -273,6 +264,13 @@ impl Bed {
     /// Ends the starvation.
     pub fn feed(&mut self, mut frames: Vec<Frame>) {
         self.pool.put_bulk(&mut frames);
+    }
+
+    /// Asserts that so many frames came; if not, tells what was dropped instead.
+    #[track_caller]
+    pub fn expect(&self, frames: &[Vec<u8>], number: usize) {
+        let dropped = [self.dropped(true), self.dropped(false)];
+        assert_eq!(frames.len(), number, "dropped left, right: {dropped:?}");
     }
 
     pub fn dropped(&self, left: bool) -> Vec<(DropReason, u64)> {

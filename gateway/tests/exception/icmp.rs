@@ -151,13 +151,7 @@ fn errors_of_routers_beyond_the_policies_come_through_the_tunnel() {
     let error = |to| icmp_error(&r[0][14..], [172, 16, 0, 1], to, 1, 0);
     bed.send_right(&[error([10, 1, 0, 1])]);
     let (l, _) = bed.settle();
-    assert_eq!(
-        l.len(),
-        1,
-        "{:?} {:?}",
-        bed.dropped(false),
-        bed.dropped(true)
-    );
+    bed.expect(&l, 1);
     assert_eq!((l[0][26..30].to_vec(), l[0][34]), (vec![172, 16, 0, 1], 3));
     // To anybody but the quoted packet's sender, or about what no tunnel carries: policies alone decide.
     bed.send_right(&[error([10, 1, 0, 9])]);

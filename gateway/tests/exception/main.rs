@@ -243,13 +243,7 @@ fn the_kernels_own_traffic_is_protected_and_keeps_its_ttl() {
         let mut bed = tapped();
         bed.kernel_sends(port, &[udp("10.1.0.254", "10.2.0.1", 2, b"own")]);
         let (_, r) = bed.settle();
-        assert_eq!(
-            r.len(),
-            1,
-            "{:?} {:?}",
-            bed.dropped(true),
-            bed.dropped(false)
-        );
+        bed.expect(&r, 1);
         assert_eq!((payload_of(&r[0]), r[0][22]), (b"own".to_vec(), 1));
         assert_eq!(bed.wire.len(), 1);
         assert_eq!(bed.wire[0][23], 50);

@@ -57,13 +57,7 @@ fn a_host_that_cannot_be_found_is_reported_unreachable_through_the_tunnel() {
     bed.settle_holding();
     std::thread::sleep(std::time::Duration::from_millis(1050));
     let (l, _) = bed.settle();
-    assert_eq!(
-        l.len(),
-        1,
-        "{:?} {:?}",
-        bed.dropped(false),
-        bed.dropped(true)
-    );
+    bed.expect(&l, 1);
     assert_eq!((l[0][34], l[0][35]), (3, 1), "host unreachable");
     let from = Ipv6Addr::from(u128::from(u32::from_be_bytes(
         l[0][26..30].try_into().unwrap(),
