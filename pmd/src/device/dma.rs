@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
@@ -143,6 +144,17 @@ impl DmaMem {
         self.faults.load(Ordering::Relaxed)
     }
 
+    /// The `LEN` bytes (a power of two) at `offset`: a descriptor, whose place is checked once for all its words. `None`, and
+    /// counted, when it is not inside or not aligned to its length.
+    #[inline(always)]
+    pub fn block<const LEN: usize>(&self, offset: usize) -> Option<DmaBlock<'_, LEN>> {
+        const { assert!(LEN.is_power_of_two() && LEN >= 8) };
+        Some(DmaBlock {
+            base: self.at(offset, LEN)?,
+            memory: PhantomData,
+        })
+    }
+
     plain!(read8, write8, u8);
     plain!(read16, write16, u16);
     plain!(read32, write32, u32);
@@ -204,6 +216,59 @@ impl DmaMem {
     #[cold]
     fn fault(&self) {
         self.faults.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// A descriptor in shared memory; see [`DmaMem::block`]. Words are at multiples of their size, which the compiler checks.
+pub struct DmaBlock<'m, const LEN: usize> {
+    base: NonNull<u8>,
+    memory: PhantomData<&'m DmaMem>,
+}
+
+impl<const LEN: usize> DmaBlock<'_, LEN> {
+    /// Reads the little-endian word at byte `AT`; not ordered against other accesses.
+    #[inline(always)]
+    pub fn read32<const AT: usize>(&self) -> u32 {
+        const { assert!(AT.is_multiple_of(4) && AT + 4 <= LEN) };
+        // SAFETY: `block` found LEN bytes inside, aligned, and the memory outlives `self`; the device may write at the
+        // same time, hence volatile.
+        u32::from_le(unsafe { self.base.add(AT).cast::<u32>().read_volatile() })
+    }
+
+    /// Writes the little-endian word at byte `AT`; not ordered against other accesses.
+    #[inline(always)]
+    pub fn write32<const AT: usize>(&self, value: u32) {
+        const { assert!(AT.is_multiple_of(4) && AT + 4 <= LEN) };
+        // SAFETY: as for reading.
+        unsafe {
+            self.base
+                .add(AT)
+                .cast::<u32>()
+                .write_volatile(value.to_le())
+        };
+    }
+
+    /// Writes the little-endian double word at byte `AT`; not ordered against other accesses.
+    #[inline(always)]
+    pub fn write64<const AT: usize>(&self, value: u64) {
+        const { assert!(AT.is_multiple_of(8) && AT + 8 <= LEN) };
+        // SAFETY: as for reading.
+        unsafe {
+            self.base
+                .add(AT)
+                .cast::<u64>()
+                .write_volatile(value.to_le())
+        };
+    }
+
+    /// Writes the word at byte `AT` after all writes so far.
+    #[inline(always)]
+    pub fn store_release32<const AT: usize>(&self, value: u32) {
+        const { assert!(AT.is_multiple_of(4) && AT + 4 <= LEN) };
+        super::fence_release();
+        // SAFETY: as for reading.
+        let word = unsafe { AtomicU32::from_ptr(self.base.add(AT).cast::<u32>().as_ptr()) };
+        word.store(value.to_le(), Ordering::Relaxed);
     }
 }
 

@@ -35,7 +35,7 @@ pub mod vfio;
 pub mod vfio_user;
 
 pub use barrier::{fence_acquire, fence_full, fence_release};
-pub use dma::DmaMem;
+pub use dma::{DmaBlock, DmaMem};
 pub use map::ArenaMap;
 pub use mmio::{Mmio, RegisterSpace};
 pub use pci::PciInfo;

@@ -11,14 +11,9 @@ use crate::engine::{EspJob, JobKind, JobStatus};
 use crate::frame::Frame;
 use sa_store::sa::{OffloadMode, SaId};
 
-/// What is known of a packet while the engine has its bytes.
-pub(super) struct Flight {
-    pub(super) route: Route,
-    job: Meta,
-}
-
-/// A job without its frame.
-struct Meta {
+/// A job without its frame, and what the driver goes by when its result comes.
+struct Flight {
+    route: Route,
     sa: SaId,
     seq: u64,
     tag: u64,
@@ -30,18 +25,17 @@ struct Meta {
     mode: OffloadMode,
 }
 
-enum Place {
-    /// The engine has the frame.
-    Engine(Flight),
-    /// The job needs no engine any more and waits for its turn.
-    Here(EspJob),
-}
-
 /// Packets in the engine, and those that wait behind them.
 pub(super) struct Flights {
     map: ArenaMap,
     frames: FrameRing,
-    order: VecDeque<Place>,
+    /// Of the frame in the same place.
+    list: Box<[Option<Flight>]>,
+    /// Packets given to the engine, and of those the ones that came back. They wrap around.
+    given: u32,
+    landed: u32,
+    /// Jobs that need no engine any more and wait for their turn: until so many came back.
+    here: VecDeque<(u32, EspJob)>,
     id: u32,
 }
 
@@ -54,7 +48,10 @@ impl Flights {
         Flights {
             frames: frames.unwrap_or_else(|| unreachable!("a power of two")),
             map,
-            order: VecDeque::with_capacity(ring as usize),
+            list: (0..size).map(|_| None).collect(),
+            given: 0,
+            landed: 0,
+            here: VecDeque::new(),
             id: 0,
         }
     }
@@ -73,7 +70,7 @@ impl Flights {
 
     /// Packets on their way, and those that wait behind them.
     pub(super) fn len(&self) -> usize {
-        self.order.len()
+        self.given.wrapping_sub(self.landed) as usize + self.here.len()
     }
 
     /// Gives the job's frame to the engine; the job back when there is no place for it.
@@ -91,8 +88,28 @@ impl Flights {
             mode,
             status,
         } = job;
-        if let Err(frame) = self.frames.push(frame) {
-            return Err(EspJob {
+        let place = self.frames.head() as usize;
+        let given = self.frames.push(frame).map(|_| self.list.get_mut(place));
+        match given {
+            Ok(Some(flight)) => {
+                *flight = Some(Flight {
+                    route,
+                    sa,
+                    seq,
+                    tag,
+                    note,
+                    esp_off,
+                    esp_end,
+                    next_header,
+                    kind,
+                    mode,
+                });
+                self.given = self.given.wrapping_add(1);
+                Ok(())
+            }
+            // As long as the ring of frames.
+            Ok(None) => unreachable!("a place for every frame"),
+            Err(frame) => Err(EspJob {
                 frame,
                 sa,
                 seq,
@@ -104,81 +121,67 @@ impl Flights {
                 kind,
                 mode,
                 status,
-            });
+            }),
         }
-        let job = Meta {
-            sa,
-            seq,
-            tag,
-            note,
-            esp_off,
-            esp_end,
-            next_header,
-            kind,
-            mode,
-        };
-        self.order.push_back(Place::Engine(Flight { route, job }));
-        Ok(())
     }
 
     /// Puts a job that is done behind those before it.
     pub(super) fn wait(&mut self, job: EspJob) {
-        self.order.push_back(Place::Here(job));
+        self.here.push_back((self.given, job));
     }
 
     /// Takes the jobs that need no engine and have nothing before them.
+    #[inline]
     pub(super) fn settle(&mut self, done: &mut Vec<EspJob>) {
-        while let Some(Place::Here(_)) = self.order.front() {
-            if let Some(Place::Here(job)) = self.order.pop_front() {
-                done.push(job);
-            }
+        while self.here.front().is_some_and(|(n, _)| *n == self.landed) {
+            done.extend(self.here.pop_front().map(|(_, job)| job));
         }
     }
 
     /// The oldest packet in the engine, which the next result belongs to.
-    pub(super) fn first(&self) -> Option<&Flight> {
-        match self.order.front() {
-            Some(Place::Engine(flight)) => Some(flight),
-            _ => None,
+    #[inline]
+    pub(super) fn first(&self) -> Option<&Route> {
+        if self.given == self.landed {
+            return None;
         }
+        let flight = self.list.get(self.frames.tail() as usize)?.as_ref()?;
+        Some(&flight.route)
     }
 
     /// Takes the oldest packet back: the engine reported its result.
-    pub(super) fn land(&mut self) -> Option<(Flight, EspJob)> {
-        self.first()?;
-        let Some(Place::Engine(flight)) = self.order.pop_front() else {
+    #[inline]
+    pub(super) fn land(&mut self) -> Option<(&Route, EspJob)> {
+        if self.given == self.landed {
             return None;
-        };
+        }
+        let f = self.list.get(self.frames.tail() as usize)?.as_ref()?;
         // SAFETY: the engine reported the descriptor of this frame as done: the caller saw the result with the flight's
         // identity, or proved the engine stopped.
         let frame = unsafe { self.frames.pop() }?;
-        let m = &flight.job;
+        self.landed = self.landed.wrapping_add(1);
         let job = EspJob {
             frame,
-            sa: m.sa,
-            seq: m.seq,
-            tag: m.tag,
-            note: m.note,
-            esp_off: m.esp_off,
-            esp_end: m.esp_end,
-            next_header: m.next_header,
-            kind: m.kind,
-            mode: m.mode,
+            sa: f.sa,
+            seq: f.seq,
+            tag: f.tag,
+            note: f.note,
+            esp_off: f.esp_off,
+            esp_end: f.esp_end,
+            next_header: f.next_header,
+            kind: f.kind,
+            mode: f.mode,
             status: JobStatus::Pending,
         };
-        Some((flight, job))
+        Some((&f.route, job))
     }
 
     /// At the end, with the engine stopped: all frames go home.
     pub(super) fn give_back(&mut self) {
-        loop {
-            if let Some((_, job)) = self.land() {
-                job.frame.give_back();
-            } else if let Some(Place::Here(job)) = self.order.pop_front() {
-                job.frame.give_back();
-            } else {
-                return;
-            }
+        while let Some((_, job)) = self.land() {
+            job.frame.give_back();
+        }
+        for (_, job) in self.here.drain(..) {
+            job.frame.give_back();
         }
     }
 }

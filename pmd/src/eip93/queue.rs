@@ -7,10 +7,10 @@ use sa_store::runtime::SaEntry;
 use sa_store::sa::{Direction, SaId};
 use sa_store::snapshot::Snapshot;
 
-use super::flight::{Flight, Route};
+use super::flight::Route;
 use super::record::{STATE_STRIDE, first_block};
 use super::ring::{Command, Done, Fault, HASH_FINAL};
-use super::slots::Slot;
+use super::slots::{Slot, Slots};
 use super::{Eip93Engine, Health, NAME};
 use crate::engine::{
     Capabilities, EngineDead, EngineStats, EspEngine, EspJob, JobKind, JobStatus, Refusal,
@@ -91,7 +91,7 @@ impl EspEngine for Eip93Engine {
             return;
         }
         if let Some(first) = self.flights.first() {
-            if Instant::now() > first.route.deadline {
+            if Instant::now() > first.deadline {
                 self.stats.lost.add(self.flights.len() as u64);
                 self.distrust(Health::Lost);
             }
@@ -123,11 +123,11 @@ impl EspEngine for Eip93Engine {
         self.chip.stop().map_err(dead)?;
         loop {
             self.flights.settle(done);
-            let Some((flight, mut job)) = self.flights.land() else {
+            let Some((route, mut job)) = self.flights.land() else {
                 break;
             };
             job.status = JobStatus::Failed;
-            self.slots.landed(flight.route.slot);
+            self.slots.landed(route.slot);
             done.push(job);
         }
         // Numbers that were given to packets now lost are used up, whatever the engine wrote.
@@ -242,8 +242,9 @@ impl Eip93Engine {
                 let block = crypto(slot, job, &mut command, &mut route)?;
                 let state = index * STATE_STRIDE;
                 let [low, high] = halves(block);
-                self.states.write64(state, low);
-                self.states.write64(state + 8, high);
+                let place = self.states.block::<16>(state).ok_or(JobStatus::Failed)?;
+                place.write64::<0>(low);
+                place.write64::<8>(high);
                 let base = u32::try_from(self.states.iova()).map_err(|_| JobStatus::Failed)?;
                 let offset = u32::try_from(state).map_err(|_| JobStatus::Failed)?;
                 command.state = base + offset;
@@ -276,7 +277,7 @@ impl Eip93Engine {
             let Some(result) = self.rings.take() else {
                 break;
             };
-            let Some(id) = self.flights.first().map(|f| f.route.id) else {
+            let Some(id) = self.flights.first().map(|r| r.id) else {
                 self.stats.wrong.add(1);
                 self.distrust(Health::Wrong("a result without a command"));
                 break;
@@ -287,14 +288,24 @@ impl Eip93Engine {
                 self.distrust(Health::Wrong("a result of another command"));
                 break;
             }
-            let Some((flight, mut job)) = self.flights.land() else {
+            let Some((route, mut job)) = self.flights.land() else {
                 break;
             };
-            job.status = self.judge(&flight, &mut job, result);
+            let judge = Judge {
+                slots: &mut self.slots,
+                stats: &self.stats,
+                length_counts_icv: self.config.unknowns.length_counts_icv,
+            };
+            let verdict = judge.status(route, &mut job, result);
+            self.slots.landed(route.slot);
+            job.status = verdict.unwrap_or(JobStatus::Failed);
             completed += 1;
-            self.slots.landed(flight.route.slot);
             done.push(job);
             self.flights.settle(done);
+            if let Err(health) = verdict {
+                self.stats.wrong.add(1);
+                self.distrust(health);
+            }
         }
         if completed != 0 {
             self.stats.completed.add(completed);
@@ -310,67 +321,62 @@ impl Eip93Engine {
             }
         }
     }
+}
 
-    /// What the result says of the packet.
-    fn judge(&mut self, flight: &Flight, job: &mut EspJob, result: Done) -> JobStatus {
-        let Some(slot) = self.slots.get(flight.route.slot) else {
-            return JobStatus::SaGone;
+/// What a result is judged with.
+struct Judge<'e> {
+    slots: &'e mut Slots,
+    stats: &'e EngineStats,
+    length_counts_icv: Option<bool>,
+}
+
+impl Judge<'_> {
+    /// What the result says of the packet, or of the engine.
+    fn status(self, route: &Route, job: &mut EspJob, result: Done) -> Result<JobStatus, Health> {
+        let Some(slot) = self.slots.get(route.slot) else {
+            return Ok(JobStatus::SaGone);
         };
         if let Some(fault) = result.fault() {
-            return self.fault(flight.route.slot, job.kind, flight.route.packet, fault);
+            return fault_of(slot, job.kind, route.packet, fault, self.stats);
         }
-        let unknowns = &self.config.unknowns;
-        let right = match (flight.route.packet, job.kind) {
-            (false, kind) => {
-                finish_crypto(slot, flight, job, kind, result, unknowns.length_counts_icv)
-            }
-            (true, JobKind::Seal) => finish_seal(slot, flight, job, result),
-            (true, JobKind::Open) => finish_open(slot, flight, job, result),
+        let right = match (route.packet, job.kind) {
+            (false, _) => finish_crypto(slot, route, job, result, self.length_counts_icv),
+            (true, JobKind::Seal) => finish_seal(slot, route, job, result),
+            (true, JobKind::Open) => finish_open(slot, route, job, result),
         };
-        match right {
-            Ok(()) => JobStatus::Done,
-            Err(what) => {
-                self.stats.wrong.add(1);
-                self.distrust(Health::Wrong(what));
-                JobStatus::Failed
-            }
-        }
+        right.map_err(Health::Wrong)?;
+        Ok(JobStatus::Done)
     }
+}
 
-    fn fault(&mut self, slot: u32, kind: JobKind, packet: bool, fault: Fault) -> JobStatus {
-        let stats = &self.stats;
-        match (fault, kind) {
-            (Fault::Authentication, JobKind::Open) => {
-                stats.icv_failed.add(1);
-                JobStatus::IcvMismatch
-            }
-            (Fault::Sequence, JobKind::Open) if packet => {
-                stats.replays.add(1);
-                JobStatus::Replayed
-            }
-            (Fault::Malformed, JobKind::Open) if packet => {
-                stats.malformed.add(1);
-                JobStatus::Malformed
-            }
-            (Fault::Record(_), _) => {
-                stats.wrong.add(1);
-                if let Some(slot) = self.slots.get(slot) {
-                    slot.broken = true;
-                }
-                JobStatus::Failed
-            }
-            (Fault::Fatal(code), _) => {
-                stats.wrong.add(1);
-                self.distrust(Health::Fault(code));
-                JobStatus::Failed
-            }
-            // Our own packets have nothing that could be wrong.
-            _ => {
-                stats.wrong.add(1);
-                self.distrust(Health::Wrong("an error that cannot be"));
-                JobStatus::Failed
-            }
+fn fault_of(
+    slot: &mut Slot,
+    kind: JobKind,
+    packet: bool,
+    fault: Fault,
+    stats: &EngineStats,
+) -> Result<JobStatus, Health> {
+    match (fault, kind) {
+        (Fault::Authentication, JobKind::Open) => {
+            stats.icv_failed.add(1);
+            Ok(JobStatus::IcvMismatch)
         }
+        (Fault::Sequence, JobKind::Open) if packet => {
+            stats.replays.add(1);
+            Ok(JobStatus::Replayed)
+        }
+        (Fault::Malformed, JobKind::Open) if packet => {
+            stats.malformed.add(1);
+            Ok(JobStatus::Malformed)
+        }
+        (Fault::Record(_), _) => {
+            stats.wrong.add(1);
+            slot.broken = true;
+            Ok(JobStatus::Failed)
+        }
+        (Fault::Fatal(code), _) => Err(Health::Fault(code)),
+        // Our own packets have nothing that could be wrong.
+        _ => Err(Health::Wrong("an error that cannot be")),
     }
 }
 
@@ -489,15 +495,15 @@ fn packet_seal(
 }
 
 /// The ESP packet, its header and place checked.
-fn sealed<'a>(flight: &Flight, job: &'a mut EspJob) -> Result<&'a mut [u8], &'static str> {
+fn sealed<'a>(route: &Route, job: &'a mut EspJob) -> Result<&'a mut [u8], &'static str> {
     let (from, to) = (usize::from(job.esp_off), usize::from(job.esp_end));
     let data = job.frame.data_mut();
-    let plain_at = usize::from(flight.route.plain_at);
-    if plain_at != 0 && data.get(plain_at..plain_at + 8) == Some(&flight.route.plain) {
+    let plain_at = usize::from(route.plain_at);
+    if plain_at != 0 && data.get(plain_at..plain_at + 8) == Some(&route.plain) {
         return Err("plaintext for ciphertext");
     }
     let esp = data.get_mut(from..to).ok_or("a packet out of its frame")?;
-    if esp.first_chunk() != Some(&flight.route.header) {
+    if esp.first_chunk() != Some(&route.header) {
         return Err("another ESP header");
     }
     Ok(esp)
@@ -505,14 +511,13 @@ fn sealed<'a>(flight: &Flight, job: &'a mut EspJob) -> Result<&'a mut [u8], &'st
 
 fn finish_crypto(
     slot: &Slot,
-    flight: &Flight,
+    route: &Route,
     job: &mut EspJob,
-    kind: JobKind,
     result: Done,
     counts_icv: Option<bool>,
 ) -> Result<(), &'static str> {
-    let (bare, icv) = (usize::from(flight.route.length), slot.parts.icv_len());
-    let fits = match (kind, counts_icv) {
+    let (bare, icv) = (usize::from(route.length), slot.parts.icv_len());
+    let fits = match (job.kind, counts_icv) {
         (JobKind::Open, _) | (JobKind::Seal, Some(false)) => result.length == bare,
         (JobKind::Seal, Some(true)) => result.length == bare + icv,
         (JobKind::Seal, None) => result.length == bare || result.length == bare + icv,
@@ -520,7 +525,8 @@ fn finish_crypto(
     if !fits {
         return Err("another length");
     }
-    let esp = sealed(flight, job)?;
+    let kind = job.kind;
+    let esp = sealed(route, job)?;
     if kind == JobKind::Seal {
         // The hash leaves the engine in native words; the wire has them the other way round.
         for word in esp[bare..].as_chunks_mut::<4>().0 {
@@ -532,14 +538,14 @@ fn finish_crypto(
 
 fn finish_seal(
     slot: &mut Slot,
-    flight: &Flight,
+    route: &Route,
     job: &mut EspJob,
     result: Done,
 ) -> Result<(), &'static str> {
-    if result.length != usize::from(flight.route.length) {
+    if result.length != usize::from(route.length) {
         return Err("another length");
     }
-    let esp = sealed(flight, job)?;
+    let esp = sealed(route, job)?;
     let mut iv = [0; 16];
     let n = slot.parts.iv_len();
     iv[..n].copy_from_slice(&esp[HEADER..HEADER + n]);
@@ -553,17 +559,17 @@ fn finish_seal(
 
 fn finish_open(
     slot: &mut Slot,
-    flight: &Flight,
+    route: &Route,
     job: &mut EspJob,
     result: Done,
 ) -> Result<(), &'static str> {
-    let most = usize::from(flight.route.length);
+    let most = usize::from(route.length);
     let front = HEADER + slot.parts.iv_len();
     // RFC 4303 section 2.4: up to 255 bytes of padding.
     if !(front..=most).contains(&result.length) || most - result.length > 255 {
         return Err("another length");
     }
-    sealed(flight, job)?;
+    sealed(route, job)?;
     let end = usize::from(job.esp_off) + result.length;
     job.esp_end = u16::try_from(end).map_err(|_| "another length")?;
     let behind = job.frame.len() - end;

@@ -146,23 +146,31 @@ impl Rings {
         self.head
     }
 
+    fn after(&self, index: u32) -> u32 {
+        if index + 1 == self.size { 0 } else { index + 1 }
+    }
+
     /// Gives a command, which [`Rings::announce`] tells the engine of. False when there is no room.
     pub(super) fn give(&mut self, c: &Command) -> bool {
         if self.room() == 0 {
             return false;
         }
         let at = self.head as usize * LEN;
-        self.results.write32(at, 0);
-        self.results.write32(at + 28, 0);
+        let result = self.results.block::<LEN>(at);
+        let command = self.commands.block::<LEN>(at);
+        let (Some(result), Some(command)) = (result, command) else {
+            return false;
+        };
+        result.write32::<0>(0);
+        result.write32::<28>(0);
         let pair = |low: u32, high: u32| u64::from(high) << 32 | u64::from(low);
-        self.commands.write32(at + 4, c.source);
-        self.commands.write64(at + 8, pair(c.destination, c.sa));
-        self.commands.write64(at + 16, pair(c.state, 0));
+        command.write32::<4>(c.source);
+        command.write64::<8>(pair(c.destination, c.sa));
+        command.write64::<16>(pair(c.state, 0));
         let last = c.length & LENGTH | HOST_READY_7;
-        self.commands.write64(at + 24, pair(c.id, last));
-        self.commands
-            .store_release32(at, c.control & !OWNER | HOST_READY);
-        self.head = (self.head + 1) % self.size;
+        command.write64::<24>(pair(c.id, last));
+        command.store_release32::<0>(c.control & !OWNER | HOST_READY);
+        self.head = self.after(self.head);
         self.given += 1;
         self.unannounced += 1;
         true
@@ -188,17 +196,17 @@ impl Rings {
         if self.given == 0 {
             return None;
         }
-        let at = self.tail as usize * LEN;
-        let first = self.results.read32(at);
-        let last = self.results.read32(at + 28);
+        let result = self.results.block::<LEN>(self.tail as usize * LEN)?;
+        let first = result.read32::<0>();
+        let last = result.read32::<28>();
         // Seen in pieces: later, or never, which the deadline ends.
         if first & OWNER != PE_READY || last & OWNER_7 != PE_READY_7 {
             return None;
         }
         fence_acquire();
-        let id = self.results.read32(at + 24);
+        let id = result.read32::<24>();
         // Its slot is cleared when it is given again.
-        self.tail = (self.tail + 1) % self.size;
+        self.tail = self.after(self.tail);
         self.given -= 1;
         self.unreleased += 1;
         Some(Done {
