@@ -305,6 +305,28 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_block_is_inside_and_aligned_or_there_is_none() {
+        let owner: Arc<[AtomicU64]> = (0..16).map(|_| AtomicU64::new(0)).collect();
+        let base = NonNull::from(&owner[..]).cast::<u8>();
+        let skip = base.align_offset(32);
+        // SAFETY: 96 bytes of the owner's, which is nothing but atomics and is looked at through the memory alone.
+        let m = unsafe { DmaMem::from_parts(base.add(skip), 96, 0, Arc::new(owner)) };
+        let b = m.block::<32>(64).unwrap();
+        b.write32::<4>(0x0102_0304);
+        b.write64::<24>(5 | 6 << 32);
+        b.store_release32::<0>(7);
+        assert_eq!(
+            [64, 68, 88, 92].map(|at| m.read32(at)),
+            [7, 0x0102_0304, 5, 6]
+        );
+        assert_eq!((b.read32::<28>(), m.faults()), (6, 0));
+        for outside in [16, 80, 96, usize::MAX - 31] {
+            assert!(m.block::<32>(outside).is_none());
+        }
+        assert_eq!(m.faults(), 4);
+    }
+
+    #[test]
     fn a_wipe_reaches_every_byte_of_its_range_and_no_other() {
         for start in 0..10 {
             for len in (0..150).chain([511, 512, 513]) {

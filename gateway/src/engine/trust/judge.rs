@@ -13,7 +13,7 @@ use super::ticket::Ticket;
 /// Notes of a job what the result must show.
 #[inline]
 pub(super) fn note(ticket: &mut Ticket, job: &EspJob, sa: &Carried, bare: bool) {
-    let iv_len = sa.suite.iv_len();
+    let iv_len = sa.sizes.iv;
     let from = usize::from(job.esp_off);
     let data = job.frame.data();
     let packet = job.mode == OffloadMode::Packet;
@@ -22,7 +22,7 @@ pub(super) fn note(ticket: &mut Ticket, job: &EspJob, sa: &Carried, bare: bool) 
         (JobKind::Seal, false) => Some(from + ESP_HEADER + iv_len),
         (JobKind::Open, _) => None,
     };
-    if sa.hides() {
+    if sa.sizes.hides {
         let end = usize::from(job.esp_end);
         let first = payload.and_then(|at| data.get(at..end)?.first_chunk());
         ticket.plain = first.copied();
@@ -33,9 +33,8 @@ pub(super) fn note(ticket: &mut Ticket, job: &EspJob, sa: &Carried, bare: bool) 
     if let Some(header) = data.get(from..).and_then(|d| d.first_chunk()) {
         ticket.header = *header;
     }
-    let at = from + ESP_HEADER;
-    if let (Some(iv), Some(place)) = (data.get(at..at + iv_len), ticket.iv.get_mut(..iv_len)) {
-        place.copy_from_slice(iv);
+    if let Some(iv) = data.get(from..).and_then(|esp| iv_of(sa, esp)) {
+        ticket.iv = iv;
     }
 }
 
@@ -64,10 +63,9 @@ pub(super) fn result(
 /// Software sealed the packet: its number and IV are used.
 pub(super) fn used(sa: &mut Carried, job: &EspJob) {
     sa.last_seq = sa.last_seq.max(job.seq);
-    let at = usize::from(job.esp_off) + ESP_HEADER;
-    let n = sa.suite.iv_len();
-    if let (Some(iv), Some(place)) = (job.frame.data().get(at..at + n), sa.last_iv.get_mut(..n)) {
-        place.copy_from_slice(iv);
+    let esp = job.frame.data().get(usize::from(job.esp_off)..);
+    if let Some(iv) = esp.and_then(|esp| iv_of(sa, esp)) {
+        sa.last_iv = iv;
     }
 }
 
@@ -87,24 +85,28 @@ fn framed<'a>(ticket: &Ticket, job: &'a EspJob) -> Result<&'a [u8], Reason> {
     Ok(esp)
 }
 
-/// The IV of a packet.
-fn iv_of(sa: &Carried, esp: &[u8]) -> Result<[u8; 16], Reason> {
-    let n = sa.suite.iv_len();
+/// The IV of a packet, and zeros behind it.
+#[inline]
+fn iv_of(sa: &Carried, esp: &[u8]) -> Option<[u8; 16]> {
+    let esp = esp.get(ESP_HEADER..)?;
     let mut iv = [0; 16];
-    let found = esp.get(ESP_HEADER..ESP_HEADER + n).ok_or(Reason::Length)?;
-    let place = iv.get_mut(..n).ok_or(Reason::Length)?;
-    place.copy_from_slice(found);
-    Ok(iv)
+    // Lengths that are known cost no call.
+    match sa.sizes.iv {
+        16 => iv = *esp.first_chunk()?,
+        8 => *iv.first_chunk_mut()? = *esp.first_chunk::<8>()?,
+        n => iv.get_mut(..n)?.copy_from_slice(esp.get(..n)?),
+    }
+    Some(iv)
 }
 
 /// In counter mode an IV must be above all before it, RFC 4106 section 3.1 asks for "never again". Of other ciphers' the last
 /// one is known.
 fn fresh(sa: &Carried, iv: &[u8; 16]) -> Result<(), Reason> {
-    let right = if sa.suite.is_counter_mode() {
+    let right = if sa.sizes.is_counter_mode {
         // Big-endian and of equal lengths: as bytes they compare like numbers.
         *iv > sa.last_iv || sa.last_seq == 0
     } else {
-        sa.suite.iv_len() == 0 || *iv != sa.last_iv
+        sa.sizes.iv == 0 || *iv != sa.last_iv
     };
     if right { Ok(()) } else { Err(Reason::Iv) }
 }
@@ -120,7 +122,7 @@ fn hidden(ticket: &Ticket, payload: &[u8]) -> Result<(), Reason> {
 
 fn sealed(sa: &mut Carried, ticket: &Ticket, job: &EspJob) -> Result<(), Reason> {
     let esp = framed(ticket, job)?;
-    let iv = iv_of(sa, esp)?;
+    let iv = iv_of(sa, esp).ok_or(Reason::Length)?;
     if iv != ticket.iv {
         return Err(Reason::Iv);
     }
@@ -128,7 +130,7 @@ fn sealed(sa: &mut Carried, ticket: &Ticket, job: &EspJob) -> Result<(), Reason>
     if ticket.seq <= sa.last_seq {
         return Err(Reason::Number);
     }
-    let payload = esp.get(ESP_HEADER + sa.suite.iv_len()..);
+    let payload = esp.get(ESP_HEADER + sa.sizes.iv..);
     hidden(ticket, payload.unwrap_or_default())?;
     sa.last_iv = iv;
     sa.last_seq = ticket.seq;
@@ -137,8 +139,8 @@ fn sealed(sa: &mut Carried, ticket: &Ticket, job: &EspJob) -> Result<(), Reason>
 
 /// Sealed in packet mode.
 fn numbered(sa: &mut Carried, ticket: &Ticket, job: &mut EspJob, bare: bool) -> Result<(), Reason> {
-    let suite = sa.suite;
-    let front = ESP_HEADER + suite.iv_len();
+    let sizes = sa.sizes;
+    let front = ESP_HEADER + sizes.iv;
     let (from, to) = (usize::from(job.esp_off), usize::from(job.esp_end));
     let data = job.frame.data();
     let (at, given) = if bare {
@@ -152,10 +154,10 @@ fn numbered(sa: &mut Carried, ticket: &Ticket, job: &mut EspJob, bare: bool) -> 
         return Err(Reason::Length);
     }
     let esp = data.get(from..to).ok_or(Reason::Length)?;
-    let least = (given + ESP_TRAILER).next_multiple_of(suite.pad_align());
-    let ciphered = esp.len().checked_sub(front + suite.icv_len());
+    let least = (given + ESP_TRAILER).next_multiple_of(sizes.pad_align);
+    let ciphered = esp.len().checked_sub(front + sizes.icv);
     let fits = ciphered.is_some_and(|n| {
-        n >= least && n - given <= ESP_TRAILER + MAX_PAD && n.is_multiple_of(suite.pad_align())
+        n >= least && n - given <= ESP_TRAILER + MAX_PAD && n.is_multiple_of(sizes.pad_align)
     });
     if !fits {
         return Err(Reason::Length);
@@ -173,7 +175,7 @@ fn numbered(sa: &mut Carried, ticket: &Ticket, job: &mut EspJob, bare: bool) -> 
     if number <= sa.last_seq || number > ticket.seq {
         return Err(Reason::Number);
     }
-    let iv = iv_of(sa, esp)?;
+    let iv = iv_of(sa, esp).ok_or(Reason::Length)?;
     fresh(sa, &iv)?;
     hidden(ticket, esp.get(front..).unwrap_or_default())?;
     sa.last_iv = iv;
@@ -195,8 +197,8 @@ fn whole(low: u32, upto: u64) -> u64 {
 
 /// Opened in packet mode.
 fn opened(sa: &Carried, ticket: &Ticket, job: &EspJob, bare: bool) -> Result<(), Reason> {
-    let front = ESP_HEADER + sa.suite.iv_len();
-    let behind = ESP_TRAILER + sa.suite.icv_len();
+    let front = ESP_HEADER + sa.sizes.iv;
+    let behind = ESP_TRAILER + sa.sizes.icv;
     let (from, to) = (usize::from(ticket.esp_off), usize::from(ticket.esp_end));
     let most = to
         .checked_sub(from + front + behind)

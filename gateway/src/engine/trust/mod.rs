@@ -168,7 +168,7 @@ impl Trusted {
             software: SoftwareEngine::default(),
             sas: Sas::default(),
             gone: Vec::new(),
-            tickets: Tickets::default(),
+            tickets: Tickets::new(),
             samples: Samples::new(places),
             draw_out: Draw::new(config.sample_out, seed),
             draw_in: Draw::new(config.sample_in, !seed),
@@ -215,9 +215,13 @@ impl Trusted {
         self.trust.state()
     }
 
-    /// Sorts jobs by who carries them. What the engine has no room for stays in `kept`, and what is behind it.
+    /// Sorts jobs by who carries them: those for the engine get a ticket, and their answer is worked out if they are drawn. What the engine has no room for stays in `kept`, and what is behind it.
     fn sort(&mut self, view: &Snapshot, jobs: &mut Vec<EspJob>, now: u64, done: &mut Vec<EspJob>) {
         let serving = self.service.is_serving();
+        let bare = self.caps.outer_headers;
+        if self.tickets.all() == 0 {
+            self.losses.progress(now);
+        }
         let mut room = self.caps.in_flight.saturating_sub(self.tickets.all());
         let mut full = false;
         for mut job in jobs.drain(..) {
@@ -250,8 +254,8 @@ impl Trusted {
                 }
                 Carrier::Engine if serving => {
                     let draw = match job.kind {
-                        JobKind::Seal => &self.draw_out,
-                        JobKind::Open => &self.draw_in,
+                        JobKind::Seal => &mut self.draw_out,
+                        JobKind::Open => &mut self.draw_in,
                     };
                     let blocked = draw.is_all() && self.samples.is_full();
                     // Once one job of an SA stays, those behind it stay too.
@@ -261,7 +265,18 @@ impl Trusted {
                         continue;
                     }
                     room -= 1;
-                    self.stage(view, job, now, done);
+                    let mut ticket = Ticket::of(&job, now);
+                    judge::note(&mut ticket, &job, sa, bare);
+                    ticket.nth = sa.departed();
+                    if !draw.is_due() {
+                        draw.pass();
+                    } else if !self.samples.is_full() {
+                        draw.taken();
+                        let sample = view.sa(job.sa).map(|sa| self.samples.take(&job, sa, bare));
+                        ticket.sample = sample.flatten().unwrap_or(NO_SAMPLE);
+                    }
+                    job.tag = self.tickets.issue(ticket);
+                    self.staged.push(job);
                 }
                 Carrier::Engine | Carrier::Waiting | Carrier::Cpu => {
                     if job.mode == OffloadMode::Packet {
@@ -271,35 +286,6 @@ impl Trusted {
                 }
             }
         }
-    }
-
-    /// Gives the job a ticket, and works out its answer if it is drawn.
-    fn stage(&mut self, view: &Snapshot, mut job: EspJob, now: u64, done: &mut Vec<EspJob>) {
-        let bare = self.caps.outer_headers;
-        let Some(sa) = self.sas.find(job.sa) else {
-            job.status = JobStatus::SaGone;
-            done.push(job);
-            return;
-        };
-        let mut ticket = Ticket::of(&job, now);
-        judge::note(&mut ticket, &job, sa, bare);
-        ticket.nth = sa.departed();
-        let draw = match job.kind {
-            JobKind::Seal => &mut self.draw_out,
-            JobKind::Open => &mut self.draw_in,
-        };
-        if !draw.is_due() {
-            draw.pass();
-        } else if !self.samples.is_full() {
-            draw.taken();
-            let sample = view.sa(job.sa).map(|sa| self.samples.take(&job, sa, bare));
-            ticket.sample = sample.flatten().unwrap_or(NO_SAMPLE);
-        }
-        if self.tickets.all() == 0 {
-            self.losses.progress(now);
-        }
-        job.tag = self.tickets.issue(ticket);
-        self.staged.push(job);
     }
 
     /// Gives the driver what is staged. What it does not take goes back as it came, before what was kept.

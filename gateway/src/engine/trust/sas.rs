@@ -25,6 +25,7 @@ pub(super) enum Carrier {
 pub(super) struct Carried {
     pub(super) id: SaId,
     pub(super) suite: Suite,
+    pub(super) sizes: Sizes,
     pub(super) mode: OffloadMode,
     pub(super) direction: Direction,
     pub(super) spi: [u8; 4],
@@ -58,6 +59,7 @@ impl Carried {
         Carried {
             id: entry.fixed.id,
             suite: spec.suite,
+            sizes: Sizes::of(spec.suite),
             mode: spec.offload,
             direction: spec.direction,
             spi: entry.fixed.spi.to_be_bytes(),
@@ -94,12 +96,35 @@ impl Carried {
         self.in_flight < self.most.max(1)
     }
 
-    /// Whether the ciphertext differs from the plaintext.
-    pub(super) fn hides(&self) -> bool {
-        !matches!(
-            self.suite,
-            Suite::Gmac(_) | Suite::CipherHmac(Cipher::Null, _)
-        )
+    /// A job of the SA is not in the engine any more; true when the SA is to be forgotten.
+    #[inline]
+    pub(super) fn home(&mut self) -> bool {
+        self.in_flight = self.in_flight.saturating_sub(1);
+        self.most = self.most.saturating_add(1);
+        self.going && self.in_flight == 0
+    }
+}
+
+/// What is asked of a suite for every packet.
+#[derive(Clone, Copy)]
+pub(super) struct Sizes {
+    pub(super) iv: usize,
+    pub(super) icv: usize,
+    pub(super) pad_align: usize,
+    pub(super) is_counter_mode: bool,
+    /// The ciphertext differs from the plaintext.
+    pub(super) hides: bool,
+}
+
+impl Sizes {
+    fn of(suite: Suite) -> Sizes {
+        Sizes {
+            iv: suite.iv_len(),
+            icv: suite.icv_len(),
+            pad_align: suite.pad_align(),
+            is_counter_mode: suite.is_counter_mode(),
+            hides: !matches!(suite, Suite::Gmac(_) | Suite::CipherHmac(Cipher::Null, _)),
+        }
     }
 }
 
@@ -167,7 +192,8 @@ impl Sas {
         true
     }
 
-    fn forget(&mut self, id: SaId) {
+    /// Drops an SA with no job in the engine.
+    pub(super) fn forget(&mut self, id: SaId) {
         let place = self
             .list
             .iter()
@@ -184,7 +210,7 @@ impl Sas {
         self.count_unsettled();
     }
 
-    /// The SA of a job that came back, which may be on its way out. [`Sas::landed`] is to follow.
+    /// The SA of a job that came back, which may be on its way out. [`Carried::home`] or [`Sas::landed`] is to follow.
     #[inline]
     pub(super) fn returning(&mut self, id: SaId) -> Option<&mut Carried> {
         let place = self.index.get(id.index as usize)?.checked_sub(1);
@@ -200,10 +226,7 @@ impl Sas {
 
     /// A job of the SA is not in the engine any more.
     pub(super) fn landed(&mut self, id: SaId) {
-        let Some(sa) = self.returning(id) else { return };
-        sa.in_flight = sa.in_flight.saturating_sub(1);
-        sa.most = sa.most.saturating_add(1);
-        if sa.going && sa.in_flight == 0 {
+        if self.returning(id).is_some_and(Carried::home) {
             self.forget(id);
         }
     }

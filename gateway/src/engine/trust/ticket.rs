@@ -43,7 +43,6 @@ pub(super) struct Ticket {
     since: u64,
     overdue: bool,
     generation: u32,
-    used: bool,
 }
 
 /// Whose time is up.
@@ -56,14 +55,16 @@ pub(super) struct Overdue {
 }
 
 /// All jobs in the engine.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Tickets {
-    list: Vec<Ticket>,
-    free: Vec<u32>,
-    /// In order of submission; what has come back is passed over.
-    order: VecDeque<(u32, u32)>,
-    /// Likewise, those that are overdue.
-    late: VecDeque<(u32, u32)>,
+    /// In order of submission, from number `head` on; what has come back is passed over.
+    line: VecDeque<Option<Ticket>>,
+    head: u32,
+    /// Goes up with each ticket taken back from the end, whose number is given again.
+    generation: u32,
+    /// Overdue ones by their tags, taken out of the line, which goes on without them.
+    late: Vec<(u64, Ticket)>,
+    all: usize,
     jobs: usize,
 }
 
@@ -90,7 +91,6 @@ impl Ticket {
             since: now,
             overdue: false,
             generation: 0,
-            used: true,
         }
     }
 
@@ -133,53 +133,61 @@ impl Ticket {
 }
 
 impl Tickets {
-    /// Keeps a ticket; its number is the tag that the job goes in with.
-    pub(super) fn issue(&mut self, ticket: Ticket) -> u64 {
-        self.jobs += usize::from(ticket.canary.is_none());
-        let place = match self.free.pop() {
-            Some(place) => place,
-            None => {
-                self.list.push(Ticket {
-                    used: false,
-                    ..ticket.clone()
-                });
-                u32::try_from(self.list.len() - 1).unwrap_or(u32::MAX)
-            }
-        };
-        let mut generation = 0;
-        if let Some(slot) = self.list.get_mut(place as usize) {
-            generation = slot.generation.wrapping_add(1);
-            *slot = Ticket {
-                generation,
-                ..ticket
-            };
+    /// None.
+    pub(super) fn new() -> Tickets {
+        Tickets {
+            line: VecDeque::new(),
+            head: 0,
+            // Not 0: tags are no small numbers, which others may make up.
+            generation: 1,
+            late: Vec::new(),
+            all: 0,
+            jobs: 0,
         }
-        self.order.push_back((place, generation));
-        u64::from(generation) << 32 | u64::from(place)
+    }
+
+    /// Keeps a ticket; its number is the tag that the job goes in with.
+    #[inline]
+    pub(super) fn issue(&mut self, mut ticket: Ticket) -> u64 {
+        self.all += 1;
+        self.jobs += usize::from(ticket.canary.is_none());
+        ticket.generation = self.generation;
+        // No more are in an engine than have room in it.
+        let behind = u32::try_from(self.line.len()).unwrap_or(u32::MAX);
+        self.line.push_back(Some(ticket));
+        let number = self.head.wrapping_add(behind);
+        u64::from(self.generation) << 32 | u64::from(number)
     }
 
     /// Takes the ticket of a tag, once.
+    #[inline]
     pub(super) fn take(&mut self, tag: u64) -> Option<Ticket> {
-        let (place, generation) = split(tag);
-        let slot = self.list.get_mut(place as usize)?;
-        if !slot.used || slot.generation != generation {
-            return None;
-        }
-        slot.used = false;
-        let ticket = slot.clone();
-        self.free.push(place);
+        let (number, generation) = split(tag);
+        let place = number.wrapping_sub(self.head) as usize;
+        let ticket = match self.line.get_mut(place) {
+            Some(slot) => slot.take_if(|t| t.generation == generation)?,
+            None => self.take_late(tag)?,
+        };
+        self.all -= 1;
         self.jobs -= usize::from(ticket.canary.is_none());
-        // Jobs mostly come back in order: the list stays short.
         self.pass();
         Some(ticket)
     }
 
+    #[cold]
+    fn take_late(&mut self, tag: u64) -> Option<Ticket> {
+        let at = self.late.iter().position(|(t, _)| *t == tag)?;
+        Some(self.late.remove(at).1)
+    }
+
     /// Takes back the ticket of a job that was not accepted, which is the one issued last or close to it.
     pub(super) fn undo(&mut self, tag: u64) -> Option<Ticket> {
-        if self.order.back() == Some(&split(tag)) {
-            self.order.pop_back();
+        let ticket = self.take(tag)?;
+        while let Some(None) = self.line.back() {
+            self.line.pop_back();
         }
-        self.take(tag)
+        self.generation = self.generation.wrapping_add(1);
+        Some(ticket)
     }
 
     /// The caller's jobs in the engine.
@@ -189,16 +197,15 @@ impl Tickets {
 
     /// All that is in the engine, canaries too.
     pub(super) fn all(&self) -> usize {
-        self.list.len() - self.free.len()
+        self.all
     }
 
     /// Looks for jobs older than `deadline`.
     pub(super) fn overdue(&mut self, now: u64, deadline: u64) -> Overdue {
         let mut newly = 0;
-        self.pass();
-        while let Some(&(place, generation)) = self.order.front() {
-            let Some(ticket) = self.live(place, generation) else {
-                self.order.pop_front();
+        while let Some(front) = self.line.front_mut() {
+            let Some(ticket) = front else {
+                self.pass();
                 continue;
             };
             if now.saturating_sub(ticket.since) <= deadline {
@@ -206,48 +213,32 @@ impl Tickets {
             }
             ticket.overdue = true;
             newly += 1;
-            self.order.pop_front();
-            self.late.push_back((place, generation));
+            let tag = u64::from(ticket.generation) << 32 | u64::from(self.head);
+            self.late.extend(front.take().map(|t| (tag, t)));
         }
-        let oldest = self.late.front().or(self.order.front()).copied();
-        let since = oldest.and_then(|(p, g)| self.live(p, g).map(|t| t.since));
+        let late = self.late.first().map(|(_, t)| t);
+        let oldest = late.or(self.line.front().and_then(Option::as_ref));
         Overdue {
             newly,
-            oldest: since.map_or(0, |s| now.saturating_sub(s)),
+            oldest: oldest.map_or(0, |t| now.saturating_sub(t.since)),
         }
     }
 
     /// Takes all tickets: nothing of them comes back any more.
     pub(super) fn clear(&mut self, mut each: impl FnMut(Ticket)) {
-        self.order.clear();
-        self.late.clear();
-        self.jobs = 0;
-        for (place, ticket) in (0u32..).zip(&mut self.list) {
-            if std::mem::replace(&mut ticket.used, false) {
-                self.free.push(place);
-                each(ticket.clone());
-            }
-        }
+        let behind = u32::try_from(self.line.len()).unwrap_or(u32::MAX);
+        self.head = self.head.wrapping_add(behind);
+        (self.all, self.jobs) = (0, 0);
+        self.late.drain(..).for_each(|(_, t)| each(t));
+        self.line.drain(..).flatten().for_each(each);
     }
 
-    fn live(&mut self, place: u32, generation: u32) -> Option<&mut Ticket> {
-        let ticket = self.list.get_mut(place as usize)?;
-        (ticket.used && ticket.generation == generation).then_some(ticket)
-    }
-
-    /// Forgets what has come back at the head of both lines.
+    /// Forgets what has come back at the head of the line.
+    #[inline]
     fn pass(&mut self) {
-        let Tickets {
-            list, order, late, ..
-        } = self;
-        for line in [order, late] {
-            while let Some(&(place, generation)) = line.front() {
-                let ticket = list.get(place as usize);
-                if ticket.is_some_and(|t| t.used && t.generation == generation) {
-                    break;
-                }
-                line.pop_front();
-            }
+        while let Some(None) = self.line.front() {
+            self.line.pop_front();
+            self.head = self.head.wrapping_add(1);
         }
     }
 }
@@ -258,4 +249,146 @@ fn split(tag: u64) -> (u32, u32) {
         u32::from_le_bytes([a, b, c, d]),
         u32::from_le_bytes([e, f, g, h]),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn ticket(nth: u64, since: u64) -> Ticket {
+        Ticket {
+            sa: SaId {
+                index: 0,
+                generation: 0,
+            },
+            seq: 0,
+            tag: 0,
+            note: 0,
+            esp_off: 0,
+            esp_end: 0,
+            next_header: 0,
+            kind: JobKind::Seal,
+            mode: OffloadMode::Crypto,
+            len: 0,
+            header: [0; 8],
+            iv: [0; 16],
+            plain: None,
+            nth,
+            sample: NO_SAMPLE,
+            canary: None,
+            since,
+            overdue: false,
+            generation: 0,
+        }
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Issue,
+        /// Of those out, and again.
+        Take(prop::sample::Index),
+        Undo,
+        Wait(u64),
+        Clear,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => Just(Step::Issue),
+            3 => any::<prop::sample::Index>().prop_map(Step::Take),
+            1 => Just(Step::Undo),
+            1 => (0..20u64).prop_map(Step::Wait),
+            1 => Just(Step::Clear),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn each_tag_has_its_own_ticket_once_whatever_is_taken_back_late_or_cleared(
+            steps in prop::collection::vec(step(), 0..300),
+            head in prop_oneof![Just(0), (u32::MAX - 20)..=u32::MAX],
+        ) {
+            let mut tickets = Tickets::new();
+            tickets.head = head;
+            let mut out: BTreeMap<u64, u64> = BTreeMap::new();
+            let mut over: Vec<u64> = Vec::new();
+            let (mut nth, mut now, mut last) = (0, 0, None);
+            for step in steps {
+                match step {
+                    Step::Issue => {
+                        nth += 1;
+                        let tag = tickets.issue(ticket(nth, now));
+                        prop_assert!(!over.contains(&tag), "never given before");
+                        prop_assert_eq!(out.insert(tag, nth), None);
+                        last = Some(tag);
+                    }
+                    Step::Take(of) if !out.is_empty() => {
+                        let tag = *of.get(&out.keys().copied().collect::<Vec<_>>());
+                        let taken = tickets.take(tag).map(|t| t.nth);
+                        prop_assert_eq!(taken, out.remove(&tag));
+                        over.push(tag);
+                        if last == Some(tag) {
+                            last = None;
+                        }
+                    }
+                    Step::Undo => if let Some(tag) = last.take() {
+                        let taken = tickets.undo(tag).map(|t| t.nth);
+                        prop_assert_eq!(taken, out.remove(&tag));
+                        over.push(tag);
+                    },
+                    Step::Wait(time) => {
+                        now += time;
+                        let overdue = tickets.overdue(now, 15);
+                        prop_assert!(overdue.newly as usize <= out.len());
+                    }
+                    Step::Clear => {
+                        let mut cleared = Vec::new();
+                        tickets.clear(|t| cleared.push(t.nth));
+                        cleared.sort_unstable();
+                        let mut all: Vec<u64> = out.values().copied().collect();
+                        all.sort_unstable();
+                        prop_assert_eq!(cleared, all);
+                        over.extend(std::mem::take(&mut out).into_keys());
+                        last = None;
+                    }
+                    Step::Take(_) => {}
+                }
+                prop_assert_eq!(tickets.all(), out.len());
+                prop_assert_eq!(tickets.jobs(), out.len());
+                if let Some(gone) = over.last() {
+                    prop_assert!(tickets.take(*gone).is_none(), "not twice");
+                }
+                prop_assert!(tickets.take(7).is_none(), "a number that somebody made up");
+            }
+        }
+    }
+
+    #[test]
+    fn jobs_become_overdue_once_and_the_line_goes_on_without_them() {
+        let mut tickets = Tickets::new();
+        let lost = tickets.issue(ticket(1, 0));
+        let tags: Vec<u64> = (0..10).map(|n| tickets.issue(ticket(2 + n, 50))).collect();
+        assert_eq!(
+            tickets.overdue(101, 100),
+            Overdue {
+                newly: 1,
+                oldest: 101
+            }
+        );
+        assert_eq!(tickets.overdue(102, 100).newly, 0);
+        for tag in tags {
+            assert!(tickets.take(tag).is_some_and(|t| !t.is_overdue()));
+        }
+        assert!(
+            tickets.line.is_empty(),
+            "nothing piles up behind a lost job"
+        );
+        assert_eq!(tickets.all(), 1);
+        assert!(tickets.take(lost).is_some_and(|t| t.is_overdue()));
+        assert_eq!(tickets.overdue(1000, 100), Overdue::default());
+    }
 }
