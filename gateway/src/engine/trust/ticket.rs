@@ -11,6 +11,8 @@ use sa_store::sa::{OffloadMode, SaId};
 
 use super::canary::Flown;
 
+/// The line is at most so many times as long as what is in the engine.
+const HOLES: usize = 4;
 /// No sample is taken of the job.
 pub(super) const NO_SAMPLE: u16 = u16::MAX;
 
@@ -62,8 +64,10 @@ pub(super) struct Tickets {
     head: u32,
     /// Goes up with each ticket taken back from the end, whose number is given again.
     generation: u32,
-    /// Overdue ones by their tags, taken out of the line, which goes on without them.
-    late: Vec<(u64, Ticket)>,
+    /// Those at its head that keep others waiting, by their tags and in order: overdue ones, then slow ones.
+    aside: Vec<(u64, Ticket)>,
+    /// How many of them are overdue.
+    late: usize,
     all: usize,
     jobs: usize,
 }
@@ -140,7 +144,8 @@ impl Tickets {
             head: 0,
             // Not 0: tags are no small numbers, which others may make up.
             generation: 1,
-            late: Vec::new(),
+            aside: Vec::new(),
+            late: 0,
             all: 0,
             jobs: 0,
         }
@@ -151,6 +156,10 @@ impl Tickets {
     pub(super) fn issue(&mut self, mut ticket: Ticket) -> u64 {
         self.all += 1;
         self.jobs += usize::from(ticket.canary.is_none());
+        // A lost job must not make the line grow until its deadline.
+        if self.line.len() > HOLES * self.all.max(64) {
+            self.put_aside();
+        }
         ticket.generation = self.generation;
         // No more are in an engine than have room in it.
         let behind = u32::try_from(self.line.len()).unwrap_or(u32::MAX);
@@ -166,7 +175,7 @@ impl Tickets {
         let place = number.wrapping_sub(self.head) as usize;
         let ticket = match self.line.get_mut(place) {
             Some(slot) => slot.take_if(|t| t.generation == generation)?,
-            None => self.take_late(tag)?,
+            None => self.take_aside(tag)?,
         };
         self.all -= 1;
         self.jobs -= usize::from(ticket.canary.is_none());
@@ -175,9 +184,20 @@ impl Tickets {
     }
 
     #[cold]
-    fn take_late(&mut self, tag: u64) -> Option<Ticket> {
-        let at = self.late.iter().position(|(t, _)| *t == tag)?;
-        Some(self.late.remove(at).1)
+    fn take_aside(&mut self, tag: u64) -> Option<Ticket> {
+        let at = self.aside.iter().position(|(t, _)| *t == tag)?;
+        self.late -= usize::from(at < self.late);
+        Some(self.aside.remove(at).1)
+    }
+
+    /// Takes the ticket at the head out of the line, if there is one, and what has come back behind it.
+    #[cold]
+    fn put_aside(&mut self) {
+        if let Some(ticket) = self.line.front_mut().and_then(Option::take) {
+            let tag = u64::from(ticket.generation) << 32 | u64::from(self.head);
+            self.aside.push((tag, ticket));
+        }
+        self.pass();
     }
 
     /// Takes back the ticket of a job that was not accepted, which is the one issued last or close to it.
@@ -202,22 +222,21 @@ impl Tickets {
 
     /// Looks for jobs older than `deadline`.
     pub(super) fn overdue(&mut self, now: u64, deadline: u64) -> Overdue {
-        let mut newly = 0;
-        while let Some(front) = self.line.front_mut() {
-            let Some(ticket) = front else {
-                self.pass();
-                continue;
-            };
-            if now.saturating_sub(ticket.since) <= deadline {
+        let is_due = |t: &Ticket| now.saturating_sub(t.since) > deadline;
+        while let Some(front) = self.line.front() {
+            if front.as_ref().is_some_and(|t| !is_due(t)) {
                 break;
             }
-            ticket.overdue = true;
-            newly += 1;
-            let tag = u64::from(ticket.generation) << 32 | u64::from(self.head);
-            self.late.extend(front.take().map(|t| (tag, t)));
+            self.put_aside();
         }
-        let late = self.late.first().map(|(_, t)| t);
-        let oldest = late.or(self.line.front().and_then(Option::as_ref));
+        let mut newly = 0;
+        while let Some((_, ticket)) = self.aside.get_mut(self.late).filter(|(_, t)| is_due(t)) {
+            ticket.overdue = true;
+            self.late += 1;
+            newly += 1;
+        }
+        let aside = self.aside.first().map(|(_, t)| t);
+        let oldest = aside.or(self.line.front().and_then(Option::as_ref));
         Overdue {
             newly,
             oldest: oldest.map_or(0, |t| now.saturating_sub(t.since)),
@@ -228,8 +247,8 @@ impl Tickets {
     pub(super) fn clear(&mut self, mut each: impl FnMut(Ticket)) {
         let behind = u32::try_from(self.line.len()).unwrap_or(u32::MAX);
         self.head = self.head.wrapping_add(behind);
-        (self.all, self.jobs) = (0, 0);
-        self.late.drain(..).for_each(|(_, t)| each(t));
+        (self.all, self.jobs, self.late) = (0, 0, 0);
+        self.aside.drain(..).for_each(|(_, t)| each(t));
         self.line.drain(..).flatten().for_each(each);
     }
 
@@ -343,7 +362,7 @@ mod tests {
                     Step::Wait(time) => {
                         now += time;
                         let overdue = tickets.overdue(now, 15);
-                        prop_assert!(overdue.newly as usize <= out.len());
+                        prop_assert!(overdue.newly <= out.len() as u64);
                     }
                     Step::Clear => {
                         let mut cleared = Vec::new();
@@ -365,6 +384,25 @@ mod tests {
                 prop_assert!(tickets.take(7).is_none(), "a number that somebody made up");
             }
         }
+    }
+
+    #[test]
+    fn a_job_that_does_not_come_back_keeps_the_line_no_longer_than_the_engine_is_deep() {
+        let mut tickets = Tickets::new();
+        let lost = [tickets.issue(ticket(1, 0)), tickets.issue(ticket(2, 0))];
+        for nth in 3..100_000 {
+            let tag = tickets.issue(ticket(nth, 1));
+            assert!(tickets.take(tag).is_some_and(|t| t.nth == nth));
+            assert!(tickets.line.len() <= HOLES * 64 + 1);
+        }
+        assert_eq!(tickets.overdue(60, 100).oldest, 60);
+        assert_eq!(tickets.overdue(101, 100).newly, 2);
+        assert_eq!(tickets.overdue(102, 100).newly, 0);
+        for (tag, nth) in lost.into_iter().zip(1..) {
+            assert!(tickets.take(tag).is_some_and(|t| t.nth == nth && t.overdue));
+            assert!(tickets.take(tag).is_none());
+        }
+        assert_eq!(tickets.all(), 0);
     }
 
     #[test]
