@@ -75,54 +75,27 @@ impl Flights {
 
     /// Gives the job's frame to the engine; the job back when there is no place for it.
     pub(super) fn depart(&mut self, job: EspJob, route: Route) -> Result<(), EspJob> {
-        let EspJob {
-            frame,
-            sa,
-            seq,
-            tag,
-            note,
-            esp_off,
-            esp_end,
-            next_header,
-            kind,
-            mode,
-            status,
-        } = job;
-        let place = self.frames.head() as usize;
-        let given = self.frames.push(frame).map(|_| self.list.get_mut(place));
-        match given {
-            Ok(Some(flight)) => {
-                *flight = Some(Flight {
-                    route,
-                    sa,
-                    seq,
-                    tag,
-                    note,
-                    esp_off,
-                    esp_end,
-                    next_header,
-                    kind,
-                    mode,
-                });
-                self.given = self.given.wrapping_add(1);
-                Ok(())
-            }
-            // As long as the ring of frames.
-            Ok(None) => unreachable!("a place for every frame"),
-            Err(frame) => Err(EspJob {
-                frame,
-                sa,
-                seq,
-                tag,
-                note,
-                esp_off,
-                esp_end,
-                next_header,
-                kind,
-                mode,
-                status,
-            }),
+        // As many places as the ring of frames has.
+        let Some(flight) = self.list.get_mut(self.frames.head() as usize) else {
+            return Err(job);
+        };
+        if let Err(frame) = self.frames.push(job.frame) {
+            return Err(EspJob { frame, ..job });
         }
+        *flight = Some(Flight {
+            route,
+            sa: job.sa,
+            seq: job.seq,
+            tag: job.tag,
+            note: job.note,
+            esp_off: job.esp_off,
+            esp_end: job.esp_end,
+            next_header: job.next_header,
+            kind: job.kind,
+            mode: job.mode,
+        });
+        self.given = self.given.wrapping_add(1);
+        Ok(())
     }
 
     /// Puts a job that is done behind those before it.
