@@ -316,17 +316,7 @@ impl Ports {
         if !written {
             return Err((frame, DropReason::NoRoom));
         }
-        match self.list.get_mut(usize::from(carrier)) {
-            Some(c) if !c.queues.is_empty() => c.tx.push(frame),
-            _ => handover.stage(
-                via,
-                Handed {
-                    frame,
-                    port: carrier,
-                    task: Task::Send(carrier),
-                },
-            ),
-        }
+        self.pass_on(frame, carrier, via, handover);
         Ok(())
     }
 
@@ -349,6 +339,13 @@ impl Ports {
         {
             return Err((frame, DropReason::NoRoom));
         }
+        self.pass_on(frame, carrier, via, handover);
+        Ok(())
+    }
+
+    /// Queues a frame on the port that carries it, or with the worker that has that port's queues.
+    #[inline(always)]
+    fn pass_on(&mut self, frame: Frame, carrier: u16, via: usize, handover: &mut Handover) {
         match self.list.get_mut(usize::from(carrier)) {
             Some(c) if !c.queues.is_empty() => c.tx.push(frame),
             _ => handover.stage(
@@ -360,7 +357,6 @@ impl Ports {
                 },
             ),
         }
-        Ok(())
     }
 
     /// Queues a complete Ethernet frame that another worker built.

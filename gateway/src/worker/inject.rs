@@ -70,11 +70,7 @@ fn inject(
     if outside && is_ike(&p, frame.data()) && snapshot.locals.contains(vrf, src_of(&p)) {
         return leave(shared, snapshot, port, frame, &p);
     }
-    let route = |shared: &mut Shared, p: &Parsed| {
-        let (dst, hash) = (dst_of(p), hash_of(p));
-        shared.ports.route(&snapshot.fib, vrf, dst, hash)
-    };
-    let verdict = match route(shared, &p) {
+    let verdict = match route(shared, snapshot, port, &p) {
         Egress::Tunnel(tunnel) => Verdict {
             action: Action::Protect { tunnel },
             ..Verdict::DEFAULT
@@ -98,6 +94,11 @@ fn inject(
             shared.refuse(frame, DropReason::FragmentPolicy, &p, None);
         }
     }
+}
+
+fn route(shared: &mut Shared, snapshot: &Snapshot, port: u16, p: &Parsed) -> Egress {
+    let (vrf, dst) = (shared.vrf(port), dst_of(p));
+    shared.ports.route(&snapshot.fib, vrf, dst, hash_of(p))
 }
 
 /// IKE, ESP's keep-alives, by their source port: the peer's may be anything behind a NAT.
@@ -128,9 +129,7 @@ fn leave(shared: &mut Shared, snapshot: &Snapshot, port: u16, mut frame: Frame, 
     if !unresolved {
         return shared.send_frame(port, frame);
     }
-    let vrf = shared.vrf(port);
-    let (dst, hash) = (dst_of(p), hash_of(p));
-    match shared.ports.route(&snapshot.fib, vrf, dst, hash) {
+    match route(shared, snapshot, port, p) {
         Egress::Port(hop) if p.l3_len <= shared.ports.mtu(hop) => {
             cut(&mut frame, p);
             if let Err((frame, reason)) = shared.ports.send(frame, hop, &mut shared.handover) {
