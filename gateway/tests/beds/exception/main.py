@@ -12,7 +12,6 @@ The gateways know their neighbours from their configuration; hosts and the stree
              what it learns, and its sessions bear a flood
 """
 
-import argparse
 import json
 import socket
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "peers/lib"))
 
 import routing
-from netns import Failed, World, end, mac, run_cases, sh, wait_for
+from netns import Failed, end, mac, run_bed, sh, wait_for
 from packets import raw_socket, setns
 from topology import BGP, FLOOD, SSH, Bed, Flood, ping
 
@@ -191,17 +190,5 @@ def socket_in(namespace):
 CASES = {"reach": reach, "own": own, "flood": flood, "routing": routing.case}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gateway", type=Path, required=True, help="program to test")
-    parser.add_argument("--keep", type=Path, help="leave configurations and logs in this new directory")
-    parser.add_argument("--only", choices=CASES, help="one case")
-    args = parser.parse_args()
-    cases = {n: c for n, c in CASES.items() if args.only in (None, n)}
-    with World("esplanade-exception", args.keep) as world:
-        bad = run_cases(world, args.gateway.resolve(), cases)
-    sys.exit(1 if bad else 0)
-
-
 if __name__ == "__main__":
-    main()
+    run_bed("esplanade-exception", __doc__, CASES)

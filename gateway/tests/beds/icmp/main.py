@@ -11,7 +11,6 @@ an IPv6 sender less than 1280, which RFC 8201 lets it ignore; this gateway tells
 (RFC 2473 section 7.1). The case asks for that, for the packet of 1280 bytes to arrive, and for the exact number on a wider path.
 """
 
-import argparse
 import re
 import secrets
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "peers/lib"))
 
-from netns import Failed, World, address, run_cases, sh, veth, within
+from netns import Failed, address, run_bed, sh, veth, within
 from owned import Owner, Port, neighbour, route
 
 SPI = {"there": 0x1001, "back": 0x1002}
@@ -213,17 +212,5 @@ for number, six in ((4, False), (6, True)):
     CASES[f"mtu_ipv{number}_r3"] = too_big_r3(six)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gateway", type=Path, required=True, help="program to test")
-    parser.add_argument("--keep", type=Path, help="leave configurations and logs in this new directory")
-    parser.add_argument("--only", choices=CASES, help="one case")
-    args = parser.parse_args()
-    cases = {n: c for n, c in CASES.items() if args.only in (None, n)}
-    with World("esplanade-icmp", args.keep) as world:
-        bad = run_cases(world, args.gateway.resolve(), cases)
-    sys.exit(1 if bad else 0)
-
-
 if __name__ == "__main__":
-    main()
+    run_bed("esplanade-icmp", __doc__, CASES)

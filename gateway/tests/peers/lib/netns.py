@@ -1,5 +1,6 @@
 """Network namespaces and the programs in them; everything is gone at the end, also after a failure."""
 
+import argparse
 import json
 import os
 import shutil
@@ -137,3 +138,16 @@ def run_cases(world, program, cases):
             bad += 1
         print(f"{verdict}  {name}: {told} ({time.monotonic() - began:.1f} s)", flush=True)
     return bad
+
+
+def run_bed(name, about, cases):
+    """The whole program of a bed whose cases need the gateway alone; ends with 1 when one has failed."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--gateway", type=Path, required=True, help="program to test")
+    parser.add_argument("--keep", type=Path, help="leave configurations and logs in this new directory")
+    parser.add_argument("--only", choices=cases, help="one case")
+    args = parser.parse_args()
+    chosen = {n: c for n, c in cases.items() if args.only in (None, n)}
+    with World(name, args.keep) as world:
+        bad = run_cases(world, args.gateway.resolve(), chosen)
+    sys.exit(1 if bad else 0)
