@@ -117,6 +117,8 @@ def flood(world, program):
     ping(bed.host["left"], "10.2.0.2")
     ping(bed.street, "192.0.2.1")
     responder = world.start(sys.executable, "-c", IKE, namespace=bed.ns["left"], log="ike.log")
+    # Before that nobody answers, which no counter tells.
+    wait_for("the IKE responder", lambda: sh("ss", "-Hlun", "sport = :500", namespace=bed.ns["left"]).strip())
     poured = Flood(bed)
     # IKE while the flood goes on, each with an answer of its own.
     ike = socket_in(bed.street)
